@@ -1,0 +1,1 @@
+"""Momentum neural ODEs in PyTorch."""
