@@ -220,6 +220,8 @@ def test_embedded_weights_are_the_published_ones(name, embedded):
 
 def test_fehlberg2_propagates_its_second_order_weights():
     assert TABLEAUS["fehlberg2"].b == (1 / 512, 255 / 256, 1 / 512)
+    # Fehlberg's last stage sits at the embedded solution; order two alone would leave it free.
+    assert TABLEAUS["fehlberg2"].a[2] == (1 / 256, 255 / 256)
 
 
 # Observed orders. The problem is nonlinear, coupled and nonautonomous: y = (exp sin t^2, exp cos t^2).
