@@ -1,0 +1,1 @@
+"""Measurements of the package: `python -m benchmarks.cpu` for one CPU thread."""
