@@ -1,4 +1,4 @@
-"""The benchmark's counters on cases counted by hand; the solver's operators, host reads and memory per step with them."""
+"""The benchmark's counters on cases counted by hand; by them the solver's operators, host reads, memory per step."""
 
 import pytest
 import torch
