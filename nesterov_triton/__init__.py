@@ -1,1 +1,37 @@
-"""Momentum neural ODEs in PyTorch."""
+"""Momentum neural ODEs in PyTorch: layers, systems, solver.
+
+    import nesterov_triton as nt
+    layer = nt.GNesterovNODE(field)      # field(t, h): your network
+    h = layer(h0)                        # h(T), differentiable
+    layer.stats                          # what it took
+
+`solve` does the same for a system, or for any f(t, y), without a layer.
+"""
+
+from nesterov_triton import gates, gradients, systems, tableaus
+from nesterov_triton.nn import ANODE, GHBNODE, HBNODE, NODE, SONODE, GNesterovNODE, NesterovNODE
+from nesterov_triton.solve import Solution, solve
+from nesterov_triton.status import SolveError, Stats, Status
+from nesterov_triton.stepping import controllers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ANODE",
+    "GHBNODE",
+    "HBNODE",
+    "NODE",
+    "SONODE",
+    "GNesterovNODE",
+    "NesterovNODE",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "Status",
+    "controllers",
+    "gates",
+    "gradients",
+    "solve",
+    "systems",
+    "tableaus",
+]

@@ -1,0 +1,343 @@
+"""A system bound to one solve: shapes, dtype, the damping's and residual's values, the count of evaluations.
+
+The flow turns stage times into coefficients, calls the user's network and checks what it returns, and gives the right-hand
+side in the three forms the rest needs: its value, its value with the network's graph kept, and its transpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nesterov_triton.ops import momentum
+from nesterov_triton.systems import Coefficients, FirstOrder, Momentum, System
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """What the right-hand side needs at s stage times, cut into stages: 0-d times in the state's dtype, and the rows of
+    `Coefficients` (None in every stage where the system has none)."""
+
+    t: Sequence[Tensor]
+    scale: Sequence[Tensor | None]
+    drive: Sequence[Tensor | None]
+    linear: Sequence[Tensor | None]
+
+
+@dataclass
+class Linearisation:
+    """One evaluation of the right-hand side with the network's graph kept, ready for `Flow.pullback`."""
+
+    leaves: tuple[Tensor, ...]  # what the network was given: h, or (h, m)
+    time: Tensor | None  # its 0-d time, where gradients with respect to times are wanted
+    u: Tensor  # the network's output, with its graph, shape of h
+    z: Tensor  # the state, [rows, N]
+    gated: Tensor  # σ_f(u), [N]
+    slope: Sequence[Tensor]  # the right-hand side, rows of [N]
+
+
+@dataclass
+class Cotangents:
+    """Cotangents of everything but the state, from one evaluation of the right-hand side."""
+
+    params: Sequence[Tensor | None]  # as Flow.params
+    time: Tensor | None = None  # 0-d
+    scale: Tensor | None = None  # of κ, 0-d
+    drive: Tensor | None = None  # of s(t), 0-d
+    linear: Tensor | None = None  # of (q, -γ), [2]
+
+
+class Flow:
+    """A system, bound.
+
+    Args:
+        system: the right-hand side.
+        shape, dtype, device: of h.
+        scalars: the values of the system's learnable scalars for this solve ("damping", "xi"), 0-d tensors.
+        params: the tensors that gradients are wanted of beside state and scalars.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        scalars: dict[str, Tensor],
+        params: tuple[Tensor, ...] = (),
+    ) -> None:
+        self.system, self.shape, self.dtype, self.device = system, shape, dtype, device
+        self.scalars, self.params = scalars, params
+        self.rows = system.rows
+        self.evaluations = 0
+        self._scratch: Tensor | None = None
+        self._autocast = torch.is_autocast_enabled(device.type)
+        self.coefficient_grads = False  # whether cotangents of the coefficients are wanted
+        self.time_grads = False  # whether cotangents of the times are wanted
+        self.on_output: Callable[[Tensor], object] | None = None  # sees the network's outputs that have a graph
+
+    # -- the time alone ------------------------------------------------------------------------------------------------
+
+    def coefficients(self, times: Tensor) -> Coefficients:
+        """At `times`, [s] float64 on the CPU; differentiable in times and scalars, in float64 on the CPU."""
+        system = self.system
+        if not isinstance(system, Momentum):
+            return Coefficients(None, None, None)
+        return system.coefficients(
+            times, self.scalars.get("damping", system._damping), self.scalars.get("xi", system._xi)
+        )
+
+    def at(self, times: Tensor) -> StageTimes:
+        """Everything the right-hand side needs at `times`, [s] float64 on the CPU."""
+        s = times.shape[0]
+        c = self.coefficients(times).to(self.dtype, self.device)
+        nothing = (None,) * s
+        return StageTimes(
+            times.to(self.device, self.dtype).unbind(0),
+            nothing if c.scale is None else c.scale.unbind(0),
+            nothing if c.drive is None else c.drive.unbind(0),
+            nothing if c.linear is None else c.linear.unbind(0),
+        )
+
+    # -- the right-hand side -------------------------------------------------------------------------------------------
+
+    def derivative(
+        self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor] | None = None
+    ) -> Sequence[Tensor]:
+        """The right-hand side at stage `i` and state `z`, [rows, N], as rows of [N]; written into `out` if given."""
+        if self.rows == 1:
+            u = self._flat(self._field(at.t[i], z.view(self.shape)))
+            return (u,) if out is None else (out[0].copy_(u),)
+        system: Momentum = self.system  # type: ignore[assignment]
+        u = self._flat(self._field(at.t[i], *self._features(at.scale[i], z)))
+        scratch = None
+        if out is not None:
+            if self._scratch is None:
+                self._scratch = torch.empty_like(out[1])
+            scratch = self._scratch
+        _, pushed = momentum.force(u, system.sign, at.drive[i], system.gate_f, scratch)
+        sign = system.sign if at.drive[i] is None else 1.0
+        return momentum.derivative(pushed, z, sign, at.linear[i], system.gate_x, out)
+
+    def linearise(self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor]) -> Linearisation:
+        """As `derivative` into `out`, keeping the network's graph for `pullback`. `z` must stay as it is until then."""
+        features = (z.view(self.shape),) if self.rows == 1 else self._features(at.scale[i], z)
+        leaves = tuple(f.detach().requires_grad_() for f in features)
+        t = at.t[i]
+        time = t.detach().requires_grad_() if self.time_grads else None
+        with torch.enable_grad(), torch.autocast(self.device.type, enabled=self._autocast):
+            u = self._field(t if time is None else time, *leaves)
+        flat = self._flat(u.detach())
+        if self.rows == 1:
+            out[0].copy_(flat)
+            return Linearisation(leaves, time, u, z, flat, out)
+        system: Momentum = self.system  # type: ignore[assignment]
+        gated, pushed = momentum.force(flat, system.sign, at.drive[i], system.gate_f)
+        sign = system.sign if at.drive[i] is None else 1.0
+        momentum.derivative(pushed, z, sign, at.linear[i], system.gate_x, out)
+        return Linearisation(leaves, time, u, z, gated, out)
+
+    def pullback(
+        self,
+        at: StageTimes,
+        i: int,
+        lin: Linearisation,
+        cotangent: Sequence[Tensor],
+        out: Sequence[Tensor],
+        wrt_params: bool = True,
+    ) -> Cotangents:
+        """Transpose of `linearise` at stage `i`: the state's cotangent into `out`, rows of [N]; the others returned.
+
+        Args:
+            cotangent: of the right-hand side, rows of [N].
+            wrt_params: whether the parameters' cotangents are wanted from this stage.
+        """
+        params = self.params if wrt_params else ()
+        if self.rows == 1:
+            through, through_time, grads = self._through_field(lin, cotangent[0], params)
+            _write(through[0], out[0])
+            return Cotangents(grads, through_time)
+        system: Momentum = self.system  # type: ignore[assignment]
+        c_m = cotangent[1]
+        g = system.gate_f.pullback(c_m, self._flat(lin.u.detach()), lin.gated)
+        drive = at.drive[i]
+        if drive is not None:
+            g = g * drive
+        elif system.sign != 1.0:
+            g = torch.neg(g)
+        through, through_time, grads = self._through_field(lin, g, params)
+        v = through[0]
+        momentum.pullback(cotangent, v, lin.z[1], lin.slope[0], at.scale[i], at.linear[i], system.gate_x, out)
+        if system.sees_momentum and through[1] is not None:
+            out[1].add_(through[1])
+        found = Cotangents(grads, through_time)
+        if self.coefficient_grads:
+            if at.linear[i] is not None:
+                found.linear = torch.mv(lin.z, c_m)
+            if at.scale[i] is not None and v is not None:
+                found.scale = torch.dot(v, lin.z[0])
+            if drive is not None:
+                found.drive = torch.dot(c_m, lin.gated)
+        return found
+
+    # -- the network ---------------------------------------------------------------------------------------------------
+
+    def _features(self, scale: Tensor | None, z: Tensor) -> tuple[Tensor, ...]:
+        h = (z[0] if scale is None else z[0] * scale).view(self.shape)
+        return (h, z[1].view(self.shape)) if self.system.sees_momentum else (h,)
+
+    def _field(self, t: Tensor, *features: Tensor) -> Tensor:
+        u = self.system.field(t, *features)
+        self.evaluations += 1
+        if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
+            u = self._checked(u)
+        if self.on_output is not None and u.requires_grad:
+            self.on_output(u)
+        return u
+
+    def _checked(self, u: Any) -> Tensor:
+        """Raise for what a field must not return; accept a tensor subclass, and autocast's narrower dtype."""
+        name = _name(self.system.field)
+        if not isinstance(u, Tensor):
+            raise TypeError(f"field {name} returned {type(u).__name__}; it must return a tensor of h's shape")
+        if u.shape != self.shape:
+            raise ValueError(f"field {name} returned shape {tuple(u.shape)} for h of shape {tuple(self.shape)}; return h's")
+        if u.device != self.device:
+            raise ValueError(f"field {name} returned a tensor on {u.device}, h is on {self.device}; move the field there")
+        if u.dtype != self.dtype:
+            if not (self._autocast and u.is_floating_point()):
+                raise ValueError(
+                    f"field {name} returned {u.dtype} for h of {self.dtype}; convert the field or the input, "
+                    f"for example with .to({self.dtype})"
+                )
+            u = u.to(self.dtype)
+        return u
+
+    def _flat(self, u: Tensor) -> Tensor:
+        return u.reshape(-1)
+
+    def _through_field(
+        self, lin: Linearisation, g: Tensor, params: tuple[Tensor, ...]
+    ) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
+        """Cotangents of (the leaves, flat), of the time, and of `params`, for the cotangent `g`, [N], of the output."""
+        n = len(lin.leaves)
+        inputs = (*lin.leaves, *params) if lin.time is None else (*lin.leaves, lin.time, *params)
+        if not lin.u.requires_grad:  # a field that depends on nothing
+            return (None,) * n, None, (None,) * len(params)
+        grads = torch.autograd.grad(lin.u, inputs, g.view(self.shape), allow_unused=True)
+        through = [None if v is None else v.reshape(-1) for v in grads[:n]]
+        if lin.time is None:
+            return through, None, grads[n:]
+        return through, grads[n], grads[n + 1 :]
+
+
+class Totals:
+    """Sums, over stages and steps, of the cotangents of everything but the state.
+
+    Attributes:
+        params: [one tensor or None for each of Flow.params].
+        scalars: by name, 0-d float64.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.params = [torch.zeros_like(p) for p in flow.params]
+        self.scalars = {name: torch.zeros((), dtype=torch.float64) for name in flow.scalars}
+
+    def add_params(self, stages: Sequence[Cotangents], weights: Sequence[float] | None = None) -> None:
+        """Add each stage's parameter cotangents, times its weight (1 without)."""
+        for i, stage in enumerate(stages):
+            weight = 1.0 if weights is None else weights[i]
+            if weight == 0.0 or not stage.params:
+                continue
+            have = [(p, g) for p, g in zip(self.params, stage.params, strict=True) if g is not None]
+            if have:
+                sums, grads = zip(*have, strict=True)
+                torch._foreach_add_(sums, grads, alpha=weight)
+
+    def add_coefficients(
+        self, times: Tensor, stages: Sequence[Cotangents], weights: Sequence[float] | None = None
+    ) -> Tensor | None:
+        """Pull the stages' coefficient cotangents back to the scalars; return those of `times` if they are wanted, [s]."""
+        flow = self.flow
+        if not flow.coefficient_grads:
+            return None
+        leaf = times.detach().requires_grad_(flow.time_grads)
+        with torch.enable_grad():
+            # The scalars here are leaves of this solve: what leads to them is the caller's graph.
+            values = flow.coefficients(leaf)
+        outputs, grads = [], []
+        for name in ("scale", "drive", "linear"):
+            value: Tensor | None = getattr(values, name)
+            if value is None or not value.requires_grad:
+                continue
+            rows = [getattr(stage, name) for stage in stages]
+            zero = torch.zeros(value.shape[1:], dtype=value.dtype)
+            if weights is None:
+                cut = [zero if r is None else r.to(zero) for r in rows]
+            else:
+                cut = [zero if r is None else r.to(zero) * w for r, w in zip(rows, weights, strict=True)]
+            outputs.append(value)
+            grads.append(torch.stack(cut))
+        names = list(flow.scalars)
+        inputs = [flow.scalars[n] for n in names] + ([leaf] if flow.time_grads else [])
+        if not outputs or not inputs:
+            return torch.zeros_like(times) if flow.time_grads else None
+        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+        for name, g in zip(names, found, strict=False):
+            if g is not None:
+                self.scalars[name] += g.to(self.scalars[name])
+        if not flow.time_grads:
+            return None
+        last = found[-1]
+        return torch.zeros_like(times) if last is None else last
+
+
+def unseen_leaves(u: Tensor, seen: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of u's autograd graph that need gradients and are not among `seen`: tensors a closure brought in."""
+    known = {id(t) for t in seen}
+    stops = {t.grad_fn for t in seen if t.grad_fn is not None}  # what made a tensor that is seen is not looked into
+    found: list[Tensor] = []
+    stack: list[Any] = [u.grad_fn]
+    visited = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited or node in stops:
+            continue
+        visited.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            found.append(leaf)
+        stack.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def trainable(field: Callable[..., Tensor], extra: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """The field's parameters that need gradients, and the tensors in `extra` that do, each once."""
+    own = list(field.parameters()) if isinstance(field, nn.Module) else []
+    seen: dict[int, Tensor] = {id(p): p for p in (*own, *extra) if p.requires_grad}
+    return tuple(seen.values())
+
+
+def _write(value: Tensor | None, out: Tensor) -> None:
+    if value is None:
+        out.zero_()
+    else:
+        out.copy_(value)
+
+
+def _name(field: object) -> str:
+    return type(field).__name__ if isinstance(field, nn.Module) else getattr(field, "__name__", type(field).__name__)
+
+
+def as_system(system: object) -> System:
+    """The system itself, or a plain callable f(t, y) as a first-order system."""
+    if isinstance(system, System):
+        return system
+    if callable(system):
+        return FirstOrder(system)
+    raise TypeError(f"system must be a nesterov_triton system or a callable f(t, y), got {type(system).__name__}")

@@ -1,0 +1,212 @@
+"""The continuous adjoint: a second solve, backward in time, of state and cotangent together.
+
+With a = ∂L/∂z the adjoint of z' = F(t, z) is a' = -(∂F/∂z)ᵀ a. For the momentum family this is again a momentum system with the
+same damping, coupling and residual (Nguyen et al. 2022), and the transpose in `Flow.pullback` is its right-hand side. The
+cotangents of parameters and scalars are quadratures: nothing depends on them, so they are summed over the accepted steps
+beside the solve and stay out of its error norm (Kidger, Chen, Lyons 2021, "Hey, that's not an ODE").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nesterov_triton import tableaus
+from nesterov_triton.flow import Cotangents, Flow, StageTimes, Totals
+from nesterov_triton.gradients.common import check_leaves
+from nesterov_triton.gradients.problem import Problem, forward
+from nesterov_triton.ops import runge_kutta
+from nesterov_triton.status import SolveError
+from nesterov_triton.stepping.explicit_rk import ExplicitRK, Tolerance, combined, stage_times
+from nesterov_triton.stepping.loop import AcceptedStep, Progress, integrate
+from nesterov_triton.tableaus import Tableau
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Gradient from the adjoint equation, as accurate as its tolerances. Memory: independent of the number of steps.
+
+    Args:
+        rtol, atol: tolerances of the backward solve; None for the forward ones.
+        method: its method; None for the forward one. With a fixed-step method the forward step size is used.
+        quadratures_in_norm: let the parameters' quadratures take part in the error control of the backward solve, as
+            torchdiffeq does unless told otherwise; the norm is then the larger of the state's and theirs.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    method: str | None = None
+    quadratures_in_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Adjoint {name} must be positive or None, got {value}")
+        if self.method is not None:
+            tableaus.get(self.method)
+
+    def solve(self, problem: Problem) -> list[Tensor]:
+        """The states at the requested times after the first, [rows, N] each, with their graph."""
+        rest = (*problem.scalars.values(), *problem.params)
+        return list(
+            _Adjoint.apply(problem, self.backward_problem(problem), self, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
+        )
+
+    def backward_problem(self, problem: Problem) -> Problem:
+        """Method and tolerances of the backward solve.
+
+        Raises:
+            ValueError: a fixed-step method is asked for and the forward solve has no step size, or the reverse.
+        """
+        tableau = problem.tableau if self.method is None else tableaus.get(self.method)
+        if not tableau.adaptive:
+            if problem.options.step_size is None:
+                raise ValueError(f"Adjoint method {tableau.name!r} takes fixed steps: pass step_size to the solve")
+            return replace(problem, tableau=tableau, tolerance=None)
+        own = problem.tolerance
+        if own is None and (self.rtol is None or self.atol is None):
+            raise ValueError(f"Adjoint method {tableau.name!r} is adaptive and the forward one is not: give it rtol and atol")
+        rtol = self.rtol if self.rtol is not None else own.rtol  # type: ignore[union-attr]
+        atol = self.atol if self.atol is not None else own.atol  # type: ignore[union-attr]
+        twice = [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in (rtol, atol)]
+        return replace(problem, tableau=tableau, tolerance=Tolerance(*twice))
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, back: Problem, strategy: Adjoint, z: Tensor, times: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        states = forward(problem, problem.flow())
+        ctx.back, ctx.strategy = back, strategy
+        ctx.save_for_backward(*rest, z, *states)
+        ctx.set_materialize_grads(False)
+        return tuple(states)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        problem: Problem = ctx.back
+        states = ctx.saved_tensors[len(problem.scalars) + len(problem.params) :]
+        needs = ctx.needs_input_grad[3:]
+        n = len(problem.scalars)
+        scalars = [s.detach().requires_grad_() for s in problem.scalars.values()]
+        flow = problem.flow(scalars)
+        flow.coefficient_grads = any(needs[2 : 2 + n])
+        try:
+            adjoint, of_times, totals = _solve_back(problem, flow, ctx.strategy, states, cotangents, needs[1])
+        finally:
+            problem.stats.nfe_backward += flow.evaluations
+        return None, None, None, adjoint, of_times, *totals.scalars.values(), *totals.params
+
+
+def _solve_back(
+    problem: Problem,
+    flow: Flow,
+    strategy: Adjoint,
+    states: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wants_times: bool,
+) -> tuple[Tensor, Tensor | None, Totals]:
+    """Cotangents of the first state, of the requested times, and of the rest."""
+    times = problem.times.tolist()
+    totals = Totals(flow)
+    dynamics = _AdjointDynamics(flow, problem.tableau, totals)
+    adjoint = torch.zeros_like(states[0])
+    like = torch.cat((states[0], adjoint))
+    kind = _WithQuadratures if strategy.quadratures_in_norm and problem.tolerance is not None else ExplicitRK
+    stepper = kind(problem.tableau, dynamics, like, problem.tolerance)
+    of_times = torch.zeros(len(times), dtype=torch.float64) if wants_times else None
+    progress = Progress()
+    for k in range(len(times) - 1, 0, -1):
+        g = cotangents[k - 1]
+        if g is not None:
+            if of_times is not None:  # y(t_k) moves along the solution
+                of_times[k] += float(torch.sum(g * _slope(flow, times[k], states[k])))
+            adjoint = adjoint + g
+        stepper.restart()
+        joint = torch.cat((states[k], adjoint))
+        try:
+            (end,) = integrate(
+                stepper, joint, (times[k], times[k - 1]), problem.options, progress, dynamics.on_accept
+            )
+        except SolveError as e:
+            raise SolveError(e.status, e.t, e.dt, e.steps, where="the adjoint's backward solve") from None
+        adjoint = end[flow.rows :]
+    if of_times is not None:
+        of_times[0] -= float(torch.sum(adjoint * _slope(flow, times[0], states[0])))
+    return adjoint, of_times, totals
+
+
+def _slope(flow: Flow, t: float, z: Tensor) -> Tensor:
+    at = flow.at(torch.tensor([t], dtype=torch.float64))
+    return torch.stack(tuple(flow.derivative(at, 0, z)))
+
+
+class _AdjointDynamics:
+    """The right-hand side of (z, a), [2 rows, N], and the quadratures of its accepted steps."""
+
+    def __init__(self, flow: Flow, tableau: Tableau, totals: Totals) -> None:
+        self.flow, self.tableau, self.totals = flow, tableau, totals
+        last = tableau.stages - 1
+        # The stages whose parameter cotangents are ever summed; an FSAL stage is the next step's first.
+        self._weighted = [b != 0 or (tableau.fsal and i == last) for i, b in enumerate(tableau.b)]
+        self.kept: list[Cotangents] = [Cotangents(())] * tableau.stages
+        self._checked = False
+
+    def at(self, times: Tensor) -> StageTimes:
+        return self.flow.at(times)
+
+    def derivative(
+        self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor] | None = None
+    ) -> Sequence[Tensor]:
+        assert out is not None
+        flow, r = self.flow, self.flow.rows
+        lin = flow.linearise(at, i, z[:r], out[:r])
+        if not self._checked:
+            check_leaves(flow, lin)
+            self._checked = True
+        self.kept[i] = flow.pullback(at, i, lin, z[r:].unbind(0), out[r:], wrt_params=self._weighted[i])
+        for row in out[r:]:
+            row.neg_()
+        return out
+
+    def on_accept(self, step: AcceptedStep) -> None:
+        dt = step.t1 - step.t
+        weights = [-dt * b for b in self.tableau.b]
+        self.totals.add_params(self.kept, weights)
+        self.totals.add_coefficients(stage_times(step.t, step.t1, self.tableau.c), self.kept, weights)
+        if self.tableau.fsal:
+            self.kept[0] = self.kept[-1]
+
+
+class _WithQuadratures(ExplicitRK):
+    """Steps whose error norm counts the parameters' quadratures too."""
+
+    def error(self, z: Tensor, z1: Tensor) -> float:
+        norm = super().error(z, z1)
+        dynamics, tableau, tolerance = self.dynamics, self.tableau, self.tolerance
+        assert isinstance(dynamics, _AdjointDynamics)
+        assert tolerance is not None
+        totals = dynamics.totals
+        if not totals.params:
+            return norm
+        kept = [
+            torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(totals.params, c.params, strict=True)])
+            if c.params
+            else torch.zeros(sum(p.numel() for p in totals.params), dtype=z.dtype, device=z.device)
+            for c in dynamics.kept
+        ]
+        stages = torch.stack(kept)
+        rows = torch.tensor([tableau.b, *tableau.error], dtype=z.dtype, device=z.device) * self.dt
+        change, errors = torch.split(torch.mm(rows, stages), [1, len(tableau.error)])
+        before = torch.cat([p.reshape(-1) for p in totals.params])
+        size = torch.maximum(before.abs(), (before - change[0]).abs())
+        own = [x if not isinstance(x, Tensor) else x.min() for x in (tolerance.rtol, tolerance.atol)]
+        return max(norm, combined(runge_kutta.scaled_norms(errors, size, *own)))

@@ -1,0 +1,29 @@
+"""Plain autograd through the solver: every operation on the tape, derivatives of any order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nesterov_triton.gradients.problem import Problem, forward
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """Gradient by autograd through every operation of the accepted and rejected steps.
+
+    Memory: the whole graph. For second derivatives, and where a closure's tensors need gradients. Step sizes count as
+    constants, as in `Discrete`, and the gradients of the two agree to rounding.
+    """
+
+    def solve(self, problem: Problem) -> list[Tensor]:
+        """The states at the requested times after the first, [rows, N] each, with their graph."""
+        flow = problem.flow()
+        stats = problem.stats
+
+        def count(_: Tensor) -> None:
+            stats.nfe_backward += 1
+
+        flow.on_output = lambda u: u.register_hook(count)
+        return forward(problem, flow, differentiable=True)

@@ -1,0 +1,85 @@
+"""One solve as a value: what every gradient strategy is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nesterov_triton.flow import Flow
+from nesterov_triton.status import SolveError, Stats
+from nesterov_triton.stepping.explicit_rk import ExplicitRK, TimeAxis, Tolerance
+from nesterov_triton.stepping.loop import LoopOptions, OnAccept, Progress, integrate
+from nesterov_triton.systems import System
+from nesterov_triton.tableaus import Tableau
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checked initial value problem with its method.
+
+    Attributes:
+        system: the right-hand side.
+        shape: of h.
+        z: the initial state, [rows, N], contiguous, with its graph.
+        times: the requested times, [n] float64 on the CPU, with their graph.
+        scalars: the system's learnable scalars by name, 0-d float64 on the CPU, with their graph.
+        params: further tensors that gradients are wanted of.
+        tolerance: None for fixed steps.
+        stats: counted on while the solve runs.
+    """
+
+    system: System
+    shape: torch.Size
+    z: Tensor
+    times: Tensor
+    scalars: dict[str, Tensor]
+    params: tuple[Tensor, ...]
+    tableau: Tableau
+    tolerance: Tolerance | None
+    options: LoopOptions
+    stats: Stats
+
+    def flow(self, scalars: Sequence[Tensor] | None = None) -> Flow:
+        """The system bound to this solve, on other values of the scalars if given."""
+        values = self.scalars if scalars is None else dict(zip(self.scalars, scalars, strict=True))
+        return Flow(self.system, self.shape, self.z.dtype, self.z.device, values, self.params)
+
+    def differentiable(self) -> bool:
+        """Whether anything needs a gradient here and now."""
+        inputs = (self.z, self.times, *self.scalars.values(), *self.params)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def forward(
+    problem: Problem, flow: Flow, on_accept: OnAccept | None = None, *, differentiable: bool = False
+) -> list[Tensor]:
+    """The states, [rows, N] each, at the requested times after the first; counts into the problem's stats.
+
+    Raises:
+        SolveError: the last time was not reached.
+    """
+    times = problem.times.tolist()
+    z = problem.z if differentiable else problem.z.detach()
+    axis = TimeAxis(problem.times) if differentiable and problem.times.requires_grad else None
+    stepper = ExplicitRK(
+        problem.tableau,
+        flow,
+        z,
+        problem.tolerance,
+        dense=len(times) > 2,
+        differentiable=differentiable,
+        axis=axis,
+    )
+    progress = Progress()
+    try:
+        return integrate(stepper, z, times, problem.options, progress, on_accept)
+    finally:
+        problem.stats.nfe_forward += flow.evaluations
+        problem.stats.accepted += progress.accepted
+        problem.stats.rejected += progress.rejected
+
+
+__all__ = ["Problem", "SolveError", "forward"]

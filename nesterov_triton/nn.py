@@ -1,0 +1,272 @@
+"""The layers: thin modules around a system and `solve`.
+
+Every layer takes features h, [batch, ...], to h(T), by solving its system from t[0] to t[-1]. See `Layer` for what they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nesterov_triton import gates, gradients, systems
+from nesterov_triton.solve import Settings, Solution, State, Times, check_tensor, check_times, run
+from nesterov_triton.status import Stats
+from nesterov_triton.stepping import controllers
+from nesterov_triton.systems import Field, Form, Momentum, System, Xi
+
+
+class Layer(nn.Module):
+    """What all layers share.
+
+    Args:
+        system: the right-hand side.
+        t: two or more strictly monotone times, either direction; an `nn.Parameter` or tensor that requires gradients is
+            differentiated.
+        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8; fixed-step euler, midpoint, rk4, rk4_38.
+        rtol, atol: tolerances of an adaptive method, numbers or tensors that broadcast with h.
+        gradient: "discrete" (exact gradient of the steps taken), "adjoint" (the adjoint equation, memory independent of the
+            number of steps), "backprop" (plain autograd, also second derivatives), or an object.
+        controller: "integral", "pi", or an object.
+        step_size: the step of a fixed-step method.
+        first_step: the first step of an adaptive method; chosen by itself without.
+        max_steps: attempted steps allowed.
+
+    Attributes:
+        stats: counts of the last call (`Stats`).
+
+    Raises:
+        ValueError, TypeError: bad options here, bad input in the call; the message names the argument and the fix.
+        SolveError: in the call, where the last time is not reached.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        *,
+        t: Times = (1.0, 2.0),
+        method: str = "dopri5",
+        rtol: Tensor | float = 1e-5,
+        atol: Tensor | float = 1e-5,
+        gradient: gradients.GradientLike = "discrete",
+        controller: controllers.ControllerLike = "integral",
+        step_size: float | None = None,
+        first_step: float | None = None,
+        max_steps: int = 10_000,
+    ) -> None:
+        super().__init__()
+        self.system = system
+        self.settings = Settings.make(
+            method=method,
+            rtol=rtol,
+            atol=atol,
+            gradient=gradient,
+            controller=controller,
+            step_size=step_size,
+            first_step=first_step,
+            max_steps=max_steps,
+        )
+        checked = check_times(system, t)
+        # Times without gradient are kept as numbers: a buffer would follow .half() and lose them.
+        self.t: Times = t if isinstance(t, Tensor) and t.requires_grad else tuple(checked.tolist())
+        self.stats = Stats()
+
+    @property
+    def field(self) -> Field:
+        """The user's network."""
+        return self.system.field
+
+    def _times(self, t: Times | None) -> Tensor:
+        return check_times(self.system, self.t if t is None else t)
+
+    def _run(self, state: State, h: Tensor, times: Tensor) -> Solution:
+        solution = run(self.system, state, h, times, self.settings)
+        self.stats = solution.stats
+        return solution
+
+    def extra_repr(self) -> str:
+        s = self.settings
+        step = "" if s.options.step_size is None else f", step_size={s.options.step_size}"
+        tolerance = f", rtol={s.rtol}, atol={s.atol}" if s.tableau.adaptive else ""
+        return f"method={s.tableau.name}{step}{tolerance}, gradient={type(s.gradient).__name__.lower()}"
+
+
+class NODE(Layer):
+    """Neural ODE (Chen et al. 2018): h' = f(t, h).
+
+    Args:
+        field: f(t, h), a module or function; t is a 0-d tensor, the result has h's shape and dtype.
+        options: see `Layer`.
+    """
+
+    def __init__(self, field: Field, **options: Any) -> None:
+        super().__init__(systems.FirstOrder(field), **options)
+
+    def forward(self, h: Tensor, t: Times | None = None) -> Tensor:
+        """h(T), shape of `h`; with more than two times all of them, [len(t), *h.shape].
+
+        Args:
+            h: features at t[0], [batch, ...], floating point.
+            t: times for this call instead of the layer's own.
+        """
+        check_tensor("h", h, self.system)
+        solution = self._run(h, h, self._times(t))
+        out = solution.final if len(solution.t) == 2 else solution.ys
+        assert isinstance(out, Tensor)
+        return out
+
+
+class ANODE(NODE):
+    """Augmented neural ODE (Dupont et al. 2019): h' = f(t, h) on features padded with zeros.
+
+    Args:
+        field: f(t, h) on the padded features.
+        augment: how many zero channels to add, at least 1.
+        dim: the dimension they are added to; 1 is the features of [batch, features] and the channels of an image.
+        options: see `Layer`.
+
+    Raises:
+        ValueError: augment < 1.
+    """
+
+    def __init__(self, field: Field, augment: int, *, dim: int = 1, **options: Any) -> None:
+        if isinstance(augment, bool) or not isinstance(augment, int) or augment < 1:
+            raise ValueError(f"augment must be an integer of at least 1, got {augment!r}; for none use NODE")
+        super().__init__(field, **options)
+        self.augment, self.dim = augment, dim
+
+    def forward(self, h: Tensor, t: Times | None = None) -> Tensor:
+        """All of h(T): shape of `h` with `augment` more channels; see `NODE.forward`."""
+        check_tensor("h", h, self.system)
+        if not -h.ndim <= self.dim < h.ndim:
+            raise ValueError(f"h of shape {tuple(h.shape)} has no dimension {self.dim} to augment; add it or pass dim=")
+        padding = list(h.shape)
+        padding[self.dim] = self.augment
+        return super().forward(torch.cat((h, h.new_zeros(padding)), dim=self.dim), t)
+
+    def extra_repr(self) -> str:
+        return f"augment={self.augment}, {super().extra_repr()}"
+
+
+class MomentumLayer(Layer):
+    """A layer around a momentum system.
+
+    Args:
+        system: the momentum system.
+        initial_velocity: a module h(t0) -> velocity of h's shape, or None for zeros. It is m(t0), except in the exact form,
+            where it is h'(t0).
+        options: see `Layer`.
+    """
+
+    system: Momentum
+
+    def __init__(self, system: Momentum, *, initial_velocity: nn.Module | None = None, **options: Any) -> None:
+        super().__init__(system, **options)
+        if initial_velocity is not None and not callable(initial_velocity):
+            raise TypeError(f"initial_velocity must be a module h -> velocity, got {type(initial_velocity).__name__}")
+        self.initial_velocity = initial_velocity
+
+    def forward(
+        self, h: Tensor, t: Times | None = None, *, return_velocity: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """h(T), shape of `h`; with more than two times all of them, [len(t), *h.shape].
+
+        Args:
+            h: features at t[0], [batch, ...], floating point.
+            t: times for this call instead of the layer's own.
+            return_velocity: return (h, h') instead, both of that shape.
+        """
+        check_tensor("h", h, self.system)
+        times = self._times(t)
+        velocity = None
+        if self.initial_velocity is not None:
+            velocity = self.initial_velocity(h)
+            if not isinstance(velocity, Tensor) or velocity.shape != h.shape or velocity.dtype != h.dtype:
+                got = f"{tuple(velocity.shape)} {velocity.dtype}" if isinstance(velocity, Tensor) else type(velocity).__name__
+                raise ValueError(f"initial_velocity returned {got} for h of {tuple(h.shape)} {h.dtype}; return h's shape and dtype")
+        solution = self._run(self.system.initial_state(h, velocity, times[0]), h, times)
+        two = len(solution.t) == 2
+        x, m = solution.final if two else solution.ys
+        at = times[-1] if two else times
+        features = self.system.features(at, x)
+        return (features, self.system.velocity(at, x, m)) if return_velocity else features
+
+
+class SONODE(MomentumLayer):
+    """Second-order neural ODE (Norcliffe et al. 2020): h'' = f(t, h, h').
+
+    Args:
+        field: f(t, h, m) with m = h'; the result has h's shape and dtype.
+        options: see `MomentumLayer` and `Layer`.
+    """
+
+    def __init__(self, field: Field, **options: Any) -> None:
+        super().__init__(systems.second_order(field), **options)
+
+
+class HBNODE(MomentumLayer):
+    """Heavy-ball neural ODE (Xia et al. 2021): h' = m, m' = -γ m + f(t, h), γ learnable in (0, 1).
+
+    Args:
+        field: f(t, h).
+        options: see `MomentumLayer` and `Layer`.
+    """
+
+    def __init__(self, field: Field, **options: Any) -> None:
+        super().__init__(systems.heavy_ball(field), **options)
+
+
+class GHBNODE(MomentumLayer):
+    """Generalised heavy-ball neural ODE (Xia et al. 2021): h' = σ(m), m' = -γ m + f(t, h) - ξ h.
+
+    Args:
+        field: f(t, h).
+        gate: σ: a name, a gate, or an elementwise callable.
+        xi: ξ, a number ≥ 0 or "learnable".
+        options: see `MomentumLayer` and `Layer`.
+    """
+
+    def __init__(self, field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable", **options: Any) -> None:
+        super().__init__(systems.generalised_heavy_ball(field, gate, xi), **options)
+
+
+class NesterovNODE(MomentumLayer):
+    """Nesterov neural ODE (Nguyen et al. 2022): h = k(t) x, x' = m, m' = -m - f(t, h), for t > 0.
+
+    Args:
+        field: f(t, h).
+        form: "absorbed", the paper's, where the network stands for all that the damping leaves; or "exact", where it stands
+            for -F alone and the layer solves h'' + (3/t) h' = -f(t, h).
+        options: see `MomentumLayer` and `Layer`.
+    """
+
+    def __init__(self, field: Field, *, form: Form = "absorbed", **options: Any) -> None:
+        super().__init__(systems.nesterov(field, form), **options)
+
+
+class GNesterovNODE(MomentumLayer):
+    """Generalised Nesterov neural ODE (Nguyen et al. 2022): h = σ(k(t)) x, x' = σ(m), m' = -m - σ(f(t, h)) - ξ h, for t > 0.
+
+    Args:
+        field: f(t, h).
+        gate: σ: a name, a gate, or an elementwise callable.
+        xi: ξ, a number ≥ 0 or "learnable".
+        form: as in `NesterovNODE`.
+        options: see `MomentumLayer` and `Layer`.
+    """
+
+    def __init__(
+        self,
+        field: Field,
+        gate: gates.GateLike = "softclip",
+        xi: Xi = "learnable",
+        *,
+        form: Form = "absorbed",
+        **options: Any,
+    ) -> None:
+        super().__init__(systems.gnesterov(field, gate, xi, form), **options)
+
+
+__all__: Sequence[str] = ["ANODE", "GHBNODE", "HBNODE", "NODE", "SONODE", "GNesterovNODE", "NesterovNODE"]

@@ -1,0 +1,310 @@
+"""`solve`: a system, a state and times in; a `Solution` out. Everything is checked here, before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nesterov_triton import gradients, tableaus
+from nesterov_triton.flow import as_system, trainable
+from nesterov_triton.gradients.problem import Problem, forward
+from nesterov_triton.status import SolveError, Stats, Status
+from nesterov_triton.stepping import controllers
+from nesterov_triton.stepping.explicit_rk import Tolerance
+from nesterov_triton.stepping.loop import LoopOptions
+from nesterov_triton.systems import System
+from nesterov_triton.tableaus import Tableau
+
+State: TypeAlias = Tensor | tuple[Tensor, Tensor]
+Times: TypeAlias = Sequence[float] | Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve gave.
+
+    Attributes:
+        t: the requested times, [n] float64 on the CPU.
+        states: the states at those times, [rows, N] each; N is the number of elements of h.
+        shape: of h.
+        stats: counts; nfe_backward is filled in when the backward pass runs.
+        status: how the solve ended. Anything but SUCCESS only with throw=False: then unreached states are NaN, and nothing
+            has a gradient.
+        message: in words, with t, dt and the number of steps where the solve failed.
+    """
+
+    t: Tensor
+    states: tuple[Tensor, ...]
+    shape: torch.Size
+    stats: Stats
+    status: Status
+    message: str
+
+    @property
+    def ys(self) -> State:
+        """The states stacked over the times: [n, *shape], or a pair of such, (xs, ms), for a momentum system."""
+        stacked = torch.stack(self.states)
+        rows = tuple(r.view(len(self.states), *self.shape) for r in stacked.unbind(1))
+        return rows[0] if len(rows) == 1 else (rows[0], rows[1])
+
+    @property
+    def final(self) -> State:
+        """The state at the last time: a tensor of h's shape, or a pair (x, m) of such."""
+        rows = tuple(r.view(self.shape) for r in self.states[-1].unbind(0))
+        return rows[0] if len(rows) == 1 else (rows[0], rows[1])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked choice of method and options; what `solve` makes of its keyword arguments.
+
+    Raises (from `make`):
+        ValueError, TypeError: naming the argument and the fix.
+    """
+
+    tableau: Tableau
+    rtol: Tensor | float
+    atol: Tensor | float
+    gradient: gradients.Gradient
+    options: LoopOptions
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        method: str = "dopri5",
+        rtol: Tensor | float = 1e-5,
+        atol: Tensor | float = 1e-5,
+        gradient: gradients.GradientLike = "discrete",
+        controller: controllers.ControllerLike = "integral",
+        step_size: float | None = None,
+        first_step: float | None = None,
+        max_steps: int = 10_000,
+    ) -> Settings:
+        """Check the options; see `solve` for their meaning."""
+        tableau = tableaus.get(method)
+        if tableau.adaptive:
+            if step_size is not None:
+                raise ValueError(f"step_size belongs to fixed-step methods and {method!r} is adaptive; use first_step")
+        elif step_size is None:
+            raise ValueError(f"step_size is missing: {method!r} takes fixed steps; pass for example step_size=0.1")
+        elif first_step is not None:
+            raise ValueError(f"first_step belongs to adaptive methods and {method!r} takes fixed steps; use step_size")
+        for name, value in (("step_size", step_size), ("first_step", first_step)):
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
+        rtol, atol = _tolerance("rtol", rtol), _tolerance("atol", atol)
+        if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol == atol == 0:
+            raise ValueError("rtol and atol are both 0; give at least one of them a positive value")
+        options = LoopOptions(controllers.get(controller), step_size, first_step, max_steps)
+        return cls(tableau, rtol, atol, gradients.get(gradient), options)
+
+
+def solve(
+    system: System | Callable[[Tensor, Tensor], Tensor],
+    state: State,
+    t: Times,
+    *,
+    method: str = "dopri5",
+    rtol: Tensor | float = 1e-5,
+    atol: Tensor | float = 1e-5,
+    gradient: gradients.GradientLike = "discrete",
+    controller: controllers.ControllerLike = "integral",
+    step_size: float | None = None,
+    first_step: float | None = None,
+    max_steps: int = 10_000,
+    params: Sequence[Tensor] = (),
+    throw: bool = True,
+) -> Solution:
+    """Solve an initial value problem, differentiably.
+
+    Args:
+        system: a system, or any callable f(t, y) that returns dy/dt: t is a 0-d tensor of y's dtype, y and the result have
+            one shape, dtype and device. It is never called outside [t[0], t[-1]].
+        state: the state at t[0]: a floating-point tensor y of any shape, or a pair (x, m) of one shape for a momentum system.
+        t: two or more strictly increasing or decreasing times; a tensor may require gradients.
+        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8; fixed-step euler, midpoint, rk4, rk4_38.
+        rtol, atol: relative and absolute tolerance of an adaptive method, numbers or tensors that broadcast with h. A step is
+            accepted when the root mean square of err / (atol + rtol max(\\|z_n\\|, \\|z_n+1\\|)) is at most 1.
+        gradient: "discrete", "adjoint", "backprop", or an object from `nesterov_triton.gradients`.
+        controller: "integral", "pi", or an object from `nesterov_triton.controllers`.
+        step_size: the step of a fixed-step method; the last one is shortened to end at t[-1].
+        first_step: the first step of an adaptive method; chosen by itself without.
+        max_steps: attempted steps allowed.
+        params: tensors that f uses and that need gradients, beyond the parameters of an `nn.Module`.
+        throw: raise on failure; otherwise the solution says so in its status.
+
+    Returns:
+        A `Solution`; requested times between steps come from the method's interpolant and never change the steps.
+
+    Raises:
+        ValueError, TypeError: bad input, before any work; the message names the argument and the fix.
+        SolveError: the last time was not reached (with `throw`).
+    """
+    settings = Settings.make(
+        method=method,
+        rtol=rtol,
+        atol=atol,
+        gradient=gradient,
+        controller=controller,
+        step_size=step_size,
+        first_step=first_step,
+        max_steps=max_steps,
+    )
+    bound = as_system(system)
+    h = check_state(bound, state)
+    times = check_times(bound, t)
+    return run(bound, state, h, times, settings, params, throw)
+
+
+def run(
+    system: System,
+    state: State,
+    h: Tensor,
+    times: Tensor,
+    settings: Settings,
+    params: Sequence[Tensor] = (),
+    throw: bool = True,
+) -> Solution:
+    """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from `check_times`."""
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
+    z = torch.stack(state).view(2, -1) if isinstance(state, tuple) else state.reshape(1, -1)
+    stats = Stats()
+    problem = Problem(
+        system=system,
+        shape=h.shape,
+        z=z,
+        times=times,
+        scalars={name: value.to("cpu", torch.float64) for name, value in system.scalars().items()},
+        params=trainable(system.field, params),
+        tableau=settings.tableau,
+        tolerance=_for_state(settings, system.rows, h) if settings.tableau.adaptive else None,
+        options=settings.options,
+        stats=stats,
+    )
+    try:
+        if problem.differentiable():
+            later = settings.gradient.solve(problem)
+        else:
+            with torch.no_grad():
+                later = forward(problem, problem.flow())
+        return Solution(times.detach(), (z, *later), h.shape, stats, Status.SUCCESS, Status.SUCCESS.value)
+    except SolveError as e:
+        if throw:
+            raise
+        reached = [s.detach() for s in (z, *e.reached)]
+        missing = torch.full_like(reached[0], math.nan)
+        states = (*reached, *(missing for _ in range(len(times) - len(reached))))
+        return Solution(times.detach(), states, h.shape, stats, e.status, str(e))
+
+
+def check_state(system: System, state: object) -> Tensor:
+    """The state's first tensor, once the state is found fit for the system.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the fix.
+    """
+    if system.rows == 1:
+        check_tensor("state", state, system)
+        assert isinstance(state, Tensor)
+        return state
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        raise TypeError(f"state of a momentum system must be a pair (x, m) of tensors, got {type(state).__name__}")
+    x, m = state
+    check_tensor("state x", x, system)
+    check_tensor("state m", m, system)
+    if (x.shape, x.dtype, x.device) != (m.shape, m.dtype, m.device):
+        raise ValueError(
+            f"state x and m must agree in shape, dtype and device, got {tuple(x.shape)} {x.dtype} {x.device} and "
+            f"{tuple(m.shape)} {m.dtype} {m.device}"
+        )
+    assert isinstance(x, Tensor)
+    return x
+
+
+def check_tensor(name: str, value: object, system: System) -> None:
+    """Raise unless `value` is a finite floating-point tensor on the field's device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it, for example with .float()")
+    if isinstance(system.field, nn.Module):
+        p = next(system.field.parameters(), None)
+        if p is not None and p.device != value.device:
+            raise ValueError(f"{name} is on {value.device} and the field's parameters on {p.device}; move one to the other")
+    # A finite sum has finite terms; one reduction is a fifth of the cost of isfinite.
+    total = value.detach().sum(dtype=torch.float32 if value.element_size() < 4 else None)
+    if not math.isfinite(total) and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} holds NaN or infinite values; clean the input")
+
+
+def check_times(system: System, t: object) -> Tensor:
+    """The times as float64 on the CPU, [n], with their graph.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the fix.
+    """
+    if isinstance(t, Tensor):
+        if t.ndim != 1:
+            raise ValueError(f"t must be one-dimensional, got a tensor of shape {tuple(t.shape)}")
+        if t.is_complex() or t.dtype == torch.bool:
+            raise TypeError(f"t must hold real numbers, got {t.dtype}")
+        times = t.to("cpu", torch.float64)
+    else:
+        try:
+            values = [float(x) for x in t]  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            raise TypeError(f"t must be a sequence or tensor of times, got {t!r}") from None
+        times = torch.tensor(values, dtype=torch.float64)
+    values = times.tolist()
+    if len(values) < 2:
+        raise ValueError(f"t must hold at least two times, the first and the last, got {len(values)}")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"t holds NaN or infinite times: {values}")
+    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+        raise ValueError(f"t must be strictly increasing or strictly decreasing, got {values}; sort it, drop repetitions")
+    system.check_times(values)
+    return times
+
+
+def _for_state(settings: Settings, rows: int, h: Tensor) -> Tolerance:
+    """Tolerances that broadcast with the flat state, [rows · N]."""
+
+    def flat(name: str, value: Tensor | float) -> Tensor | float:
+        if not isinstance(value, Tensor):
+            return value
+        try:
+            full = value.to(h.device, h.dtype).expand(h.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} does not broadcast with h of shape {tuple(h.shape)}"
+            ) from None
+        return full.reshape(-1).repeat(rows) if value.ndim else full.new_tensor(float(value))
+
+    return Tolerance(flat("rtol", settings.rtol), flat("atol", settings.atol))
+
+
+def _tolerance(name: str, value: object) -> Tensor | float:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.requires_grad:
+            raise ValueError(f"{name} must be a floating-point tensor that needs no gradient")
+        if not bool((torch.isfinite(value) & (value > 0)).all()):
+            raise ValueError(f"{name} must be positive and finite everywhere")
+        return value
+    if not _is_number(value) or not 0 <= value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a finite number ≥ 0 or a tensor of such, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

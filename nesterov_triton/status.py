@@ -1,0 +1,58 @@
+"""What became of a solve: counts, and a status that carries its message."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class Status(enum.Enum):
+    """How a solve ended. The value is the message for the user."""
+
+    SUCCESS = "the last time was reached"
+    MAX_STEPS = "the solver took max_steps steps without reaching the last time; raise max_steps or the tolerances"
+    STEP_UNDERFLOW = (
+        "the step size fell below what the time can resolve; the problem may be stiff or singular here, or the tolerances "
+        "tighter than the dtype allows: loosen them or use float64"
+    )
+    NON_FINITE = "the field or the state became infinite or NaN; look at the field at this time"
+
+
+@dataclass
+class Stats:
+    """Counts of one solve.
+
+    Attributes:
+        nfe_forward: evaluations of the field in the forward pass.
+        nfe_backward: evaluations of the field, each with its vector-Jacobian product, in the backward pass; 0 until it has
+            run. Plain backpropagation evaluates nothing again: there it counts the vector-Jacobian products.
+        accepted: accepted steps, forward.
+        rejected: rejected steps, forward.
+    """
+
+    nfe_forward: int = 0
+    nfe_backward: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+
+class SolveError(RuntimeError):
+    """A solve that did not reach its last time.
+
+    Attributes:
+        status: why.
+        t, dt: time and step size of the last attempt, in units of the time.
+        steps: attempted steps.
+        reached: the states, [rows, N] each, at those requested times after the first that were reached.
+    """
+
+    def __init__(
+        self, status: Status, t: float, dt: float, steps: int, reached: tuple[Tensor, ...] = (), where: str = "solve"
+    ) -> None:
+        super().__init__(f"{where} failed at t = {t:.9g}, dt = {dt:.3g}, after {steps} steps: {status.value}")
+        self.status, self.t, self.dt, self.steps, self.reached, self.where = status, t, dt, steps, reached, where
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.status, self.t, self.dt, self.steps, self.reached, self.where)

@@ -1,0 +1,311 @@
+"""One explicit Runge-Kutta step on a state [rows, N].
+
+Stages are stored stage-major, so that Σ_j a_ij k_j is one matrix-vector product over contiguous memory. The storage is either
+a buffer that lives as long as the solve, or, when plain autograd is to see every operation, a list of fresh tensors; the
+arithmetic is the same and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nesterov_triton.flow import StageTimes
+from nesterov_triton.ops import runge_kutta
+from nesterov_triton.tableaus import Tableau
+
+
+class Dynamics(Protocol):
+    """What a step needs of a right-hand side on states [rows, N]."""
+
+    def at(self, times: Tensor) -> StageTimes:
+        """What the right-hand side needs at `times`, [s] float64 on the CPU."""
+
+    def derivative(
+        self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor] | None = None
+    ) -> Sequence[Tensor]:
+        """The right-hand side at stage `i` as rows of [N], written into `out` if given."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """rtol and atol: numbers, or tensors that broadcast with the flat state."""
+
+    rtol: Tensor | float
+    atol: Tensor | float
+
+
+class TimeAxis:
+    """The differentiable times of a solve: its steps move with the first time, and the last step ends at the last time.
+
+    Step sizes themselves are constants. What a step sees is the float plus a zero that carries the gradient, so that values
+    do not depend on whether gradients are wanted.
+
+    Args:
+        times: [n], float64 on the CPU.
+    """
+
+    def __init__(self, times: Tensor) -> None:
+        self._zeros = times - times.detach()
+        self._last = float(times[-1].detach())
+
+    def start(self, t: float) -> Tensor:
+        """The time `t` at which a step starts."""
+        return t + self._zeros[0]
+
+    def end(self, t: float) -> Tensor:
+        """The time `t` at which a step ends."""
+        return t + self._zeros[-1 if t == self._last else 0]
+
+    def output(self, t: float, index: int) -> Tensor:
+        """The requested time of that index, `t`."""
+        return t + self._zeros[index]
+
+
+class Stages(Protocol):
+    """Storage for the stages k_j, each [rows, N], and for dt times the tableau."""
+
+    def out(self, i: int) -> Sequence[Tensor] | None:
+        """Where stage i is to be written, or None if it is to be allocated."""
+
+    def put(self, i: int, k: Sequence[Tensor]) -> None:
+        """Stage i has been computed (and written to `out`)."""
+
+    def stage(self, i: int) -> Tensor:
+        """Stage i, [rows, N]."""
+
+    def columns(self, n: int) -> Tensor:
+        """The first n stages as columns, [rows · N, n]."""
+
+    def scale(self, matrix: Tensor, dt: Tensor | float) -> Tensor:
+        """dt · matrix."""
+
+    def carry(self, i: int) -> None:
+        """Make stage i the first one."""
+
+
+class StageBuffer:
+    """Stages in one buffer, overwritten by every step."""
+
+    def __init__(self, count: int, like: Tensor) -> None:
+        self._k = torch.empty((count, *like.shape), dtype=like.dtype, device=like.device)
+        self._out = [tuple(k.unbind(0)) for k in self._k]
+        flat = self._k.view(count, like.numel())
+        self._columns = [flat[:n].t() for n in range(count + 1)]
+        self._scaled: Tensor | None = None
+
+    def out(self, i: int) -> Sequence[Tensor]:
+        return self._out[i]
+
+    def put(self, i: int, k: Sequence[Tensor]) -> None:
+        pass
+
+    def stage(self, i: int) -> Tensor:
+        return self._k[i]
+
+    def columns(self, n: int) -> Tensor:
+        return self._columns[n]
+
+    def scale(self, matrix: Tensor, dt: Tensor | float) -> Tensor:
+        self._scaled = torch.mul(matrix, dt, out=self._scaled)
+        return self._scaled
+
+    def carry(self, i: int) -> None:
+        self._k[0].copy_(self._k[i])
+
+
+class StageList:
+    """Stages as fresh tensors, each with its graph."""
+
+    def __init__(self) -> None:
+        self._k: list[Tensor] = []
+
+    def out(self, i: int) -> None:
+        return None
+
+    def put(self, i: int, k: Sequence[Tensor]) -> None:
+        self._k = [*self._k[:i], torch.stack(tuple(k))]
+
+    def stage(self, i: int) -> Tensor:
+        return self._k[i]
+
+    def columns(self, n: int) -> Tensor:
+        return torch.stack(self._k[:n]).view(n, self._k[0].numel()).t()
+
+    def scale(self, matrix: Tensor, dt: Tensor | float) -> Tensor:
+        return matrix * dt
+
+    def carry(self, i: int) -> None:
+        self._k = [self._k[i]]
+
+
+class ExplicitRK:
+    """Steps of one method on one right-hand side.
+
+    The derivative at the state to go on from is kept as the first stage between steps.
+
+    Args:
+        tableau: the method.
+        dynamics: the right-hand side.
+        like: a state, [rows, N]: gives shape, dtype and device.
+        tolerance: for the embedded error's norm; None for fixed steps.
+        dense: whether `interpolate` will be called.
+        differentiable: run out of place, visible to autograd.
+        axis: the differentiable times, where autograd is to give gradients with respect to them.
+    """
+
+    def __init__(
+        self,
+        tableau: Tableau,
+        dynamics: Dynamics,
+        like: Tensor,
+        tolerance: Tolerance | None,
+        *,
+        dense: bool = False,
+        differentiable: bool = False,
+        axis: TimeAxis | None = None,
+    ) -> None:
+        self.tableau, self.dynamics, self.tolerance, self.axis = tableau, dynamics, tolerance, axis
+        self.dense = DenseOutput(tableau)
+        count = self.dense.stages if dense else tableau.stages
+        self.stages: Stages = StageList() if differentiable else StageBuffer(max(count, 2), like)
+        # Rows: what leads to stage i; b; the error rows; what leads to the extra stages of dense output.
+        table = [*tableau.a, tableau.b, *tableau.error, *tableau.extra_a]
+        width = self.dense.stages
+        padded = [list(row) + [0.0] * (width - len(row)) for row in table]
+        self._matrix = torch.tensor(padded, dtype=torch.float64).to(like.device, like.dtype)
+        self._lengths = [len(row) for row in table]
+        self._scaled: Tensor = self._matrix
+        self._errors: Tensor | None = None
+        self._magnitudes: tuple[Tensor, Tensor] | None = None  # |z| of the state to go on from, and of the next
+        self._has_first = False
+        self._has_extra = False
+        self.dt = 0.0  # of the step just taken
+
+    def first_derivative(self, t: float, z: Tensor) -> Tensor:
+        """The right-hand side at the start, [rows, N]; kept as the first stage."""
+        self._evaluate(self.dynamics.at(self._times(t, t, (0.0,))), 0, z)
+        self._has_first = True
+        return self.stages.stage(0)
+
+    def probe(self, t: float, z: Tensor) -> Tensor:
+        """The right-hand side somewhere else, [rows, N]; the first stage is left as it is."""
+        self._evaluate(self.dynamics.at(self._times(t, t, (0.0, 0.0))), 1, z)
+        return self.stages.stage(1)
+
+    def step(self, t: float, t1: float, z: Tensor) -> Tensor:
+        """The state after one step from t to t1, [rows, N], freshly allocated."""
+        tableau = self.tableau
+        self._scaled = self.stages.scale(self._matrix, self._step_size(t, t1))
+        self._has_extra = False
+        self.dt = t1 - t
+        at = self.dynamics.at(self._times(t, t1, tableau.c))
+        if not self._has_first:
+            self._evaluate(at, 0, z)
+            self._has_first = True
+        stage = z
+        for i in range(1, tableau.stages):
+            stage = self._combine(z, i)
+            self._evaluate(at, i, stage)
+        return stage if tableau.fsal else self._combine(z, tableau.stages)
+
+    @torch.no_grad()
+    def error(self, z: Tensor, z1: Tensor) -> float:
+        """The norm of the embedded error of the step just taken. The one host read of a step."""
+        tolerance, s, n = self.tolerance, self.tableau.stages, len(self.tableau.error)
+        assert tolerance is not None
+        weights = self._scaled[s + 1 : s + 1 + n, :s].detach()
+        self._errors = torch.mm(weights, self.stages.columns(s).detach().t(), out=self._errors)
+        if self._magnitudes is None:
+            self._magnitudes = (z.abs(), torch.empty_like(z))
+        old, new = self._magnitudes
+        size = torch.maximum(old, torch.abs(z1.detach(), out=new)).view(-1)
+        norms = runge_kutta.scaled_norms(self._errors, size, tolerance.rtol, tolerance.atol)
+        return combined(norms)
+
+    def accept(self) -> None:
+        """Go on from the state that the step just taken gave."""
+        if self._magnitudes is not None:
+            self._magnitudes = (self._magnitudes[1], self._magnitudes[0])
+        if self.tableau.fsal:
+            self.stages.carry(self.tableau.stages - 1)
+        else:
+            self._has_first = False
+
+    def restart(self) -> None:
+        """Forget the state to go on from: the next step starts from another one."""
+        self._has_first = False
+        self._magnitudes = None
+
+    def interpolate(self, t: float, t1: float, z: Tensor, time: float, index: int) -> Tensor:
+        """The state at `time`, the requested time of that index, inside the step just taken and not yet accepted."""
+        tableau = self.tableau
+        if tableau.extra_c and not self._has_extra:
+            at = self.dynamics.at(self._times(t, t1, (*tableau.c, *tableau.extra_c)))
+            for j in range(tableau.stages, self.dense.stages):
+                self._evaluate(at, j, self._combine(z, j + 1 + len(tableau.error)))
+            self._has_extra = True
+        if self.axis is None:
+            theta: Tensor | float = (time - t) / (t1 - t)
+        else:
+            theta = (self.axis.output(time, index) - self.axis.start(t)) / self._step_size(t, t1)
+        weights = self.dense.weights(theta) * self._step_size(t, t1)
+        return runge_kutta.combine(z, self.stages.columns(self.dense.stages), weights.to(z.device, z.dtype))
+
+    def _evaluate(self, at: StageTimes, i: int, z: Tensor) -> None:
+        self.stages.put(i, self.dynamics.derivative(at, i, z, self.stages.out(i)))
+
+    def _combine(self, z: Tensor, row: int) -> Tensor:
+        n = self._lengths[row]
+        return runge_kutta.combine(z, self.stages.columns(n), self._scaled[row, :n])
+
+    def _step_size(self, t: float, t1: float) -> Tensor | float:
+        return t1 - t if self.axis is None else self.axis.end(t1) - self.axis.start(t)
+
+    def _times(self, t: float, t1: float, nodes: Sequence[float]) -> Tensor:
+        """Stage times; the node 1 is t1 itself, so that no rounding takes the field outside the interval."""
+        if self.axis is None:
+            return stage_times(t, t1, nodes)
+        start, end = self.axis.start(t), self.axis.end(t1)
+        return torch.stack([end if c == 1.0 else start + c * (end - start) for c in nodes])
+
+
+def combined(norms: Tensor) -> float:
+    """One number from the norms of a method's error rows, [1] or [2]; a host read."""
+    if len(norms) == 1:
+        return norms.item()
+    fifth, third = norms.tolist()
+    # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one.
+    return fifth * fifth / math.sqrt(fifth * fifth + 0.01 * third * third) if fifth else float(fifth)
+
+
+def stage_times(t: float, t1: float, nodes: Sequence[float]) -> Tensor:
+    """The times of the stages of a step from t to t1, [s] float64 on the CPU."""
+    dt = t1 - t
+    return torch.tensor([t1 if c == 1.0 else t + c * dt for c in nodes], dtype=torch.float64)
+
+
+class DenseOutput:
+    """A method's interpolant: y(t + θ dt) = y + dt Σ_i b_i(θ) k_i, with polynomials b_i.
+
+    Attributes:
+        stages: how many stages it needs, the extra ones included.
+    """
+
+    def __init__(self, tableau: Tableau) -> None:
+        self.stages = len(tableau.interpolant)
+        self._polynomials = torch.tensor(tableau.interpolant, dtype=torch.float64)
+        self._powers = torch.arange(1, self._polynomials.shape[1] + 1, dtype=torch.float64)
+
+    def weights(self, theta: Tensor | float) -> Tensor:
+        """b_i(θ), [stages] float64 on the CPU."""
+        return self._polynomials @ theta**self._powers
+
+    def slopes(self, theta: float) -> Tensor:
+        """db_i/dθ, [stages] float64 on the CPU."""
+        return self._polynomials @ (self._powers * theta ** (self._powers - 1))

@@ -1,0 +1,41 @@
+"""The first step size: Hairer, Nørsett, Wanner, Solving ODEs I, algorithm II.4."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nesterov_triton.ops import runge_kutta
+from nesterov_triton.stepping.explicit_rk import ExplicitRK
+
+
+def initial_step(stepper: ExplicitRK, t: float, end: float, z: Tensor) -> float:
+    """A first step size > 0, at most the interval; NaN where the right-hand side is not finite at the start.
+
+    Costs one evaluation of the right-hand side beyond the one that the first step needs anyway. The trial point stays inside
+    the interval.
+    """
+    first = stepper.first_derivative(t, z)  # part of the solution, so outside no_grad
+    with torch.no_grad():
+        d0, d1 = _norms(stepper, torch.stack((z, first)), z).tolist()
+        if not math.isfinite(d0) or not math.isfinite(d1):
+            return math.nan
+        span = abs(end - t)
+        h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span)
+        signed = math.copysign(h0, end - t)
+        second = stepper.probe(t + signed if h0 < span else end, torch.add(z, first, alpha=signed))
+        (d2,) = (_norms(stepper, (second - first).unsqueeze(0), z) / h0).tolist()
+    if not math.isfinite(d2):
+        return h0
+    slope = max(d1, d2)
+    h1 = max(1e-6, h0 * 1e-3) if slope <= 1e-15 else (0.01 / slope) ** (1 / (stepper.tableau.error_order + 1))
+    return min(100 * h0, h1, span)
+
+
+def _norms(stepper: ExplicitRK, values: Tensor, z: Tensor) -> Tensor:
+    """Norms of `values`, [n, rows, N], relative to the tolerance at z."""
+    tolerance = stepper.tolerance
+    assert tolerance is not None
+    return runge_kutta.scaled_norms(values.view(len(values), -1), z.abs().view(-1), tolerance.rtol, tolerance.atol)

@@ -1,0 +1,272 @@
+"""The right-hand sides: first order, and the momentum family that covers every second-order model here.
+
+    h  = κ(t) x                                       the features the network sees
+    x' = σ_x(m)                                       momentum coupling
+    m' = -γ m + s(t) σ_f(f(t, h)) + q(t) x            damping, gradient-feature nonlinearity, position
+
+| model          | κ          | γ        | s(t)   | q(t)                      | σ_x | σ_f |
+|----------------|------------|----------|--------|---------------------------|-----|-----|
+| NesterovNODE   | k(t)       | 1        | -1     | 0                         | id  | id  |
+| GNesterovNODE  | σ(k(t))    | 1        | -1     | -ξ κ                      | σ   | σ   |
+| ... form=exact | the same   | 1        | -1 / κ | 3/(4 t²) - 1/4 - ξ κ      | "   | "   |
+| HBNODE         | 1          | learned  | +1     | 0                         | id  | id  |
+| GHBNODE        | 1          | learned  | +1     | -ξ                        | σ   | id  |
+| SONODE         | 1          | 0        | +1     | 0                         | id  | id, f sees (h, m) |
+
+with k(t) = t^(-3/2) e^(t/2), which takes the singular damping out of Nesterov's limit h'' + (3/t) h' = F (Su, Boyd, Candès
+2014). In the absorbed form (Nguyen et al., NeurIPS 2022) the network stands for all that is left, in the exact form for F alone.
+
+A system is what a solver integrates; it holds the user's network and knows nothing of methods. The state of a first-order
+system is a tensor y, that of a momentum system a pair (x, m) of tensors of one shape. Solvers see either as one tensor
+``[rows, N]``: one row for y, two for (x, m).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from nesterov_triton import gates
+from nesterov_triton._names import lookup
+
+Field: TypeAlias = Callable[..., Tensor]
+Form: TypeAlias = Literal["absorbed", "exact"]
+Xi: TypeAlias = float | Literal["learnable"]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a momentum system's right-hand side needs of the time alone, at s stage times.
+
+    Attributes:
+        scale: κ, shape [s]; None where κ = 1.
+        drive: s(t), shape [s]; None where it is the system's constant sign.
+        linear: (q, -γ), the factors of x and m in m', shape [s, 2]; None where both are 0.
+    """
+
+    scale: Tensor | None
+    drive: Tensor | None
+    linear: Tensor | None
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Coefficients:
+        """Copies in the state's dtype and on its device."""
+        return Coefficients(*(None if c is None else c.to(device, dtype) for c in (self.scale, self.drive, self.linear)))
+
+
+class System(nn.Module):
+    """A right-hand side around a user's network.
+
+    Attributes:
+        field: the network; an `nn.Module` is registered, so that its parameters are the system's.
+        rows: how many blocks of the size of h the state has: 1 (first order) or 2 (x and m).
+        sees_momentum: whether the network is called as f(t, h, m) rather than f(t, h).
+    """
+
+    rows: int = 1
+    sees_momentum: bool = False
+    field: Field
+
+    def __init__(self, field: Field) -> None:
+        super().__init__()
+        if not callable(field):
+            raise TypeError(f"field must be a module or function (t, h) -> dh, got {type(field).__name__}")
+        # Without the cast the type checker would take nn.Module.__setattr__'s narrower signature.
+        self.field = cast(Any, field)
+
+    def check_times(self, times: list[float]) -> None:
+        """Raise ValueError where the system is not defined at some of `times`."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The learnable scalars of the right-hand side itself (γ, ξ), 0-d, differentiable."""
+        return {}
+
+
+class FirstOrder(System):
+    """y' = f(t, y) for a tensor y of any shape."""
+
+
+class Momentum(System):
+    """The momentum family; see the module's table. Built by the functions below.
+
+    Args:
+        field: f(t, h), or f(t, h, m) with `sees_momentum`; returns a tensor of h's shape and dtype.
+        nesterov: κ(t) = gate_x(k(t)) if true, 1 if not.
+        damping: γ as a number, or "learnable": sigmoid of a parameter that starts at -3.
+        sign: s, +1 or -1.
+        gate_x: σ_x, applied to m in x' and to k(t) in κ.
+        gate_f: σ_f, applied to f.
+        xi: ξ as a number ≥ 0, or "learnable": softplus of a parameter, 0.5 at the start.
+        form: "absorbed" (the network stands for everything but damping and residual) or "exact" (Nesterov only: it stands
+            for F alone).
+        sees_momentum: call the network as f(t, h, m).
+
+    Raises:
+        ValueError: an argument out of range or an unknown name.
+    """
+
+    rows = 2
+
+    def __init__(
+        self,
+        field: Field,
+        *,
+        nesterov: bool = False,
+        damping: float | Literal["learnable"] = 0.0,
+        sign: float = 1.0,
+        gate_x: gates.GateLike = "identity",
+        gate_f: gates.GateLike = "identity",
+        xi: Xi = 0.0,
+        form: Form = "absorbed",
+        sees_momentum: bool = False,
+    ) -> None:
+        super().__init__(field)
+        self.nesterov = nesterov
+        self.sign = float(sign)
+        self.gate_x = gates.get(gate_x)
+        self.gate_f = gates.get(gate_f)
+        self.exact = lookup("form", form, {"absorbed": False, "exact": True})
+        if self.exact and not nesterov:
+            raise ValueError("form='exact' is defined for the Nesterov systems only; leave form out for this one")
+        self.sees_momentum = sees_momentum
+        self.raw_damping: nn.Parameter | None = None
+        self.raw_xi: nn.Parameter | None = None
+        self._damping = 0.0
+        self._xi = 0.0
+        if damping == "learnable":
+            self.raw_damping = nn.Parameter(torch.tensor(-3.0))
+        else:
+            self._damping = _number("damping", damping)
+        if xi == "learnable":
+            self.raw_xi = nn.Parameter(torch.tensor(math.log(math.expm1(0.5))))
+        else:
+            self._xi = _number("xi", xi)
+
+    @property
+    def damping(self) -> Tensor | float:
+        """γ: a 0-d tensor in (0, 1) where it is learnable."""
+        return self._damping if self.raw_damping is None else torch.sigmoid(self.raw_damping)
+
+    @property
+    def xi(self) -> Tensor | float:
+        """ξ ≥ 0: a 0-d tensor where it is learnable."""
+        return self._xi if self.raw_xi is None else nn.functional.softplus(self.raw_xi)
+
+    def scalars(self) -> dict[str, Tensor]:
+        found = {}
+        if self.raw_damping is not None:
+            found["damping"] = torch.sigmoid(self.raw_damping)
+        if self.raw_xi is not None:
+            found["xi"] = nn.functional.softplus(self.raw_xi)
+        return found
+
+    def check_times(self, times: list[float]) -> None:
+        if self.nesterov and min(times) <= 0:
+            raise ValueError(
+                f"t must be positive for a Nesterov system, whose damping 3/t is singular at 0; got {min(times)}. "
+                "Shift the interval, for example t=(1.0, 2.0)"
+            )
+
+    def scale(self, t: Tensor) -> Tensor:
+        """κ(t), shape of `t`; differentiable."""
+        return self.gate_x(nesterov_scale(t)) if self.nesterov else torch.ones_like(t)
+
+    def scale_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """κ(t) and κ'(t), shapes of `t`; differentiable."""
+        if not self.nesterov:
+            return torch.ones_like(t), torch.zeros_like(t)
+        k = nesterov_scale(t)
+        kappa = self.gate_x(k)
+        return kappa, self.gate_x.pullback(k * (0.5 - 1.5 / t), k, kappa)
+
+    def coefficients(self, t: Tensor, damping: Tensor | float, xi: Tensor | float) -> Coefficients:
+        """The right-hand side's time-dependent factors at times `t`, shape [s], float64 on the CPU; differentiable."""
+        scale = self.gate_x(nesterov_scale(t)) if self.nesterov else None
+        drive = self.sign / scale if self.exact and scale is not None else None
+        residual = isinstance(xi, Tensor) or xi != 0
+        position: Tensor | None = None
+        if residual:
+            position = -xi * (torch.ones_like(t) if scale is None else scale)
+        if self.exact:
+            well = 0.75 / (t * t) - 0.25
+            position = well if position is None else position + well
+        linear = None
+        if position is not None or isinstance(damping, Tensor) or damping != 0:
+            gamma = -(damping.to(t) if isinstance(damping, Tensor) else torch.tensor(damping, dtype=t.dtype))
+            linear = torch.stack((torch.zeros_like(t) if position is None else position, gamma.expand_as(t)), dim=1)
+        return Coefficients(scale, drive, linear)
+
+    def initial_state(self, h: Tensor, velocity: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, m) at time `t` from features and an initial velocity, all of h's shape (zeros without a velocity).
+
+        In the absorbed form and for the heavy-ball models the velocity is m itself; in the exact form it is h'(t), so that
+        m = (h' - κ'(t) x) / κ(t) with x = h / κ(t).
+        """
+        v = torch.zeros_like(h) if velocity is None else velocity
+        if not self.nesterov:
+            return h, v
+        kappa, rate = (c.to(h.device, h.dtype) for c in self.scale_and_rate(t))
+        x = h / kappa
+        return x, (v - rate * x) / kappa if self.exact else v
+
+    def features(self, t: Tensor, x: Tensor) -> Tensor:
+        """h = κ(t) x, for a 0-d time and x of any shape, or times [n] and x [n, ...]."""
+        if not self.nesterov:
+            return x
+        return x * _broadcast(self.scale(t), x)
+
+    def velocity(self, t: Tensor, x: Tensor, m: Tensor) -> Tensor:
+        """h' = κ σ_x(m) + κ' x, shapes as in `features`."""
+        speed = self.gate_x(m)
+        if not self.nesterov:
+            return speed
+        kappa, rate = self.scale_and_rate(t)
+        return _broadcast(kappa, x) * speed + _broadcast(rate, x) * x
+
+
+def nesterov_scale(t: Tensor) -> Tensor:
+    """k(t) = t^(-3/2) e^(t/2) for t > 0, shape of `t`."""
+    return t**-1.5 * torch.exp(0.5 * t)
+
+
+def second_order(field: Field) -> Momentum:
+    """SONODE (Norcliffe et al. 2020): h'' = f(t, h, h')."""
+    return Momentum(field, sees_momentum=True)
+
+
+def heavy_ball(field: Field) -> Momentum:
+    """HBNODE (Xia et al. 2021): h'' + γ h' = f(t, h), γ learnable in (0, 1)."""
+    return Momentum(field, damping="learnable")
+
+
+def generalised_heavy_ball(field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable") -> Momentum:
+    """GHBNODE (Xia et al. 2021): h' = σ(m), m' = -γ m + f(t, h) - ξ h, γ learnable in (0, 1)."""
+    return Momentum(field, damping="learnable", gate_x=gate, xi=xi)
+
+
+def nesterov(field: Field, form: Form = "absorbed") -> Momentum:
+    """NesterovNODE (Nguyen et al. 2022): h = k(t) x, x' = m, m' = -m - f(t, h), for t > 0."""
+    return Momentum(field, nesterov=True, damping=1.0, sign=-1.0, form=form)
+
+
+def gnesterov(
+    field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable", form: Form = "absorbed"
+) -> Momentum:
+    """GNesterovNODE (Nguyen et al. 2022): h = σ(k(t)) x, x' = σ(m), m' = -m - σ(f(t, h)) - ξ h, for t > 0."""
+    return Momentum(field, nesterov=True, damping=1.0, sign=-1.0, gate_x=gate, gate_f=gate, xi=xi, form=form)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, str):
+        lookup(name, value, {"learnable": None})
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number ≥ 0 or 'learnable', got {value!r}")
+    return float(value)
+
+
+def _broadcast(c: Tensor, x: Tensor) -> Tensor:
+    return c.to(x.device, x.dtype).reshape(c.shape + (1,) * (x.ndim - c.ndim))
