@@ -35,7 +35,8 @@ class Linearisation:
     leaves: tuple[Tensor, ...]  # what the network was given: h, or (h, m)
     time: Tensor | None  # its 0-d time, where gradients with respect to times are wanted
     u: Tensor  # the network's output, with its graph, shape of h
-    z: Tensor  # the state, [rows, N]
+    rows: Sequence[Tensor]  # the state, rows of [N]
+    pair: Tensor  # the state, [rows, N]
     gated: Tensor  # σ_f(u), [N]
     slope: Sequence[Tensor]  # the right-hand side, rows of [N]
 
@@ -52,7 +53,7 @@ class Cotangents:
 
 
 class Flow:
-    """A system, bound.
+    """A system, bound. States are flat, [D] with D = rows · N; a row is a view of N elements.
 
     Args:
         system: the right-hand side.
@@ -108,12 +109,14 @@ class Flow:
     def derivative(
         self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor] | None = None
     ) -> Sequence[Tensor]:
-        """The right-hand side at stage `i` and state `z`, [rows, N], as rows of [N]; written into `out` if given."""
+        """The right-hand side at stage `i` and state `z`, [D], as rows of [N]; written into `out` if given."""
         if self.rows == 1:
-            u = self._flat(self._field(at.t[i], z.view(self.shape)))
+            u = self._field(at.t[i], z.view(self.shape)).reshape(-1)
             return (u,) if out is None else (out[0].copy_(u),)
         system: Momentum = self.system  # type: ignore[assignment]
-        u = self._flat(self._field(at.t[i], *self._features(at.scale[i], z)))
+        pair = z.view(2, -1)
+        x, m = pair.unbind(0)
+        u = self._field(at.t[i], *self._features(at.scale[i], x, m)).reshape(-1)
         scratch = None
         if out is not None:
             if self._scratch is None:
@@ -121,25 +124,27 @@ class Flow:
             scratch = self._scratch
         _, pushed = momentum.force(u, system.sign, at.drive[i], system.gate_f, scratch)
         sign = system.sign if at.drive[i] is None else 1.0
-        return momentum.derivative(pushed, z, sign, at.linear[i], system.gate_x, out)
+        return momentum.derivative(pushed, pair, m, sign, at.linear[i], system.gate_x, out)
 
     def linearise(self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor]) -> Linearisation:
         """As `derivative` into `out`, keeping the network's graph for `pullback`. `z` must stay as it is until then."""
-        features = (z.view(self.shape),) if self.rows == 1 else self._features(at.scale[i], z)
+        pair = z.view(self.rows, -1)
+        rows = pair.unbind(0)
+        features = (z.view(self.shape),) if self.rows == 1 else self._features(at.scale[i], *rows)
         leaves = tuple(f.detach().requires_grad_() for f in features)
         t = at.t[i]
         time = t.detach().requires_grad_() if self.time_grads else None
         with torch.enable_grad(), torch.autocast(self.device.type, enabled=self._autocast):
             u = self._field(t if time is None else time, *leaves)
-        flat = self._flat(u.detach())
+        flat = u.detach().reshape(-1)
         if self.rows == 1:
             out[0].copy_(flat)
-            return Linearisation(leaves, time, u, z, flat, out)
+            return Linearisation(leaves, time, u, rows, pair, flat, out)
         system: Momentum = self.system  # type: ignore[assignment]
         gated, pushed = momentum.force(flat, system.sign, at.drive[i], system.gate_f)
         sign = system.sign if at.drive[i] is None else 1.0
-        momentum.derivative(pushed, z, sign, at.linear[i], system.gate_x, out)
-        return Linearisation(leaves, time, u, z, gated, out)
+        momentum.derivative(pushed, pair, rows[1], sign, at.linear[i], system.gate_x, out)
+        return Linearisation(leaves, time, u, rows, pair, gated, out)
 
     def pullback(
         self,
@@ -163,7 +168,7 @@ class Flow:
             return Cotangents(grads, through_time)
         system: Momentum = self.system  # type: ignore[assignment]
         c_m = cotangent[1]
-        g = system.gate_f.pullback(c_m, self._flat(lin.u.detach()), lin.gated)
+        g = system.gate_f.pullback(c_m, lin.u.detach().reshape(-1), lin.gated)
         drive = at.drive[i]
         if drive is not None:
             g = g * drive
@@ -171,24 +176,24 @@ class Flow:
             g = torch.neg(g)
         through, through_time, grads = self._through_field(lin, g, params)
         v = through[0]
-        momentum.pullback(cotangent, v, lin.z[1], lin.slope[0], at.scale[i], at.linear[i], system.gate_x, out)
+        momentum.pullback(cotangent, v, lin.rows[1], lin.slope[0], at.scale[i], at.linear[i], system.gate_x, out)
         if system.sees_momentum and through[1] is not None:
             out[1].add_(through[1])
         found = Cotangents(grads, through_time)
         if self.coefficient_grads:
             if at.linear[i] is not None:
-                found.linear = torch.mv(lin.z, c_m)
+                found.linear = torch.mv(lin.pair, c_m)
             if at.scale[i] is not None and v is not None:
-                found.scale = torch.dot(v, lin.z[0])
+                found.scale = torch.dot(v, lin.rows[0])
             if drive is not None:
                 found.drive = torch.dot(c_m, lin.gated)
         return found
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
-    def _features(self, scale: Tensor | None, z: Tensor) -> tuple[Tensor, ...]:
-        h = (z[0] if scale is None else z[0] * scale).view(self.shape)
-        return (h, z[1].view(self.shape)) if self.system.sees_momentum else (h,)
+    def _features(self, scale: Tensor | None, x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        h = (x if scale is None else x * scale).view(self.shape)
+        return (h, m.view(self.shape)) if self.system.sees_momentum else (h,)
 
     def _field(self, t: Tensor, *features: Tensor) -> Tensor:
         u = self.system.field(t, *features)
@@ -216,9 +221,6 @@ class Flow:
                 )
             u = u.to(self.dtype)
         return u
-
-    def _flat(self, u: Tensor) -> Tensor:
-        return u.reshape(-1)
 
     def _through_field(
         self, lin: Linearisation, g: Tensor, params: tuple[Tensor, ...]

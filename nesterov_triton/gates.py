@@ -6,6 +6,7 @@ y = σ(x) too, because for every gate here σ' is cheaper from the value than fr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,13 @@ class Gate:
 def _check_bound(bound: float) -> None:
     if not (math.isfinite(bound) and bound > 0):
         raise ValueError(f"gate bound must be a positive finite number, got {bound}")
+
+
+@functools.lru_cache(maxsize=256)
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-d CPU tensor, which torch takes as a scalar on any device: a Python number costs a tensor and a cast each time,
+    1.5 of the 4 µs that a product of 16,384 elements takes."""
+    return torch.tensor(value, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,9 @@ class Softclip(Gate):
         # tanh(v) = 2 sigmoid(2 v) - 1: torch's vectorised sigmoid takes 0.5 ns an element on one CPU core, its tanh 2.7,
         # more than the rest of a stage together. The absolute error is c units in the last place of 1, the relative
         # error of tanh near 0 is lost; Inductor computes tanh on a CPU the same way.
-        y = torch.mul(x, 2 / c, out=out)
+        y = torch.mul(x, constant(2 / c, x.dtype), out=out)
         y = torch.sigmoid(y, out=out)
-        y = torch.sub(y, 0.5, out=out)
-        return torch.mul(y, 2 * c, out=out)
+        return torch.add(constant(-c, x.dtype), y, alpha=2 * c, out=out)
 
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         # σ' = 1 - (y / c)²

@@ -30,8 +30,9 @@ class Solution:
 
     Attributes:
         t: the requested times, [n] float64 on the CPU.
-        states: the states at those times, [rows, N] each; N is the number of elements of h.
+        states: the states at those times, flat: [D] each, the rows (y, or x and m) one after the other.
         shape: of h.
+        rows: 1, or 2 for a momentum system.
         stats: counts; nfe_backward is filled in when the backward pass runs.
         status: how the solve ended. Anything but SUCCESS only with throw=False: then unreached states are NaN, and nothing
             has a gradient.
@@ -41,6 +42,7 @@ class Solution:
     t: Tensor
     states: tuple[Tensor, ...]
     shape: torch.Size
+    rows: int
     stats: Stats
     status: Status
     message: str
@@ -49,13 +51,13 @@ class Solution:
     def ys(self) -> State:
         """The states stacked over the times: [n, *shape], or a pair of such, (xs, ms), for a momentum system."""
         stacked = torch.stack(self.states)
-        rows = tuple(r.view(len(self.states), *self.shape) for r in stacked.unbind(1))
+        rows = tuple(r.view(len(self.states), *self.shape) for r in stacked.view(len(stacked), self.rows, -1).unbind(1))
         return rows[0] if len(rows) == 1 else (rows[0], rows[1])
 
     @property
     def final(self) -> State:
         """The state at the last time: a tensor of h's shape, or a pair (x, m) of such."""
-        rows = tuple(r.view(self.shape) for r in self.states[-1].unbind(0))
+        rows = tuple(r.view(self.shape) for r in self.states[-1].view(self.rows, -1).unbind(0))
         return rows[0] if len(rows) == 1 else (rows[0], rows[1])
 
 
@@ -177,7 +179,7 @@ def run(
     for i, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
-    z = torch.stack(state).view(2, -1) if isinstance(state, tuple) else state.reshape(1, -1)
+    z = torch.stack(tuple(state)).view(-1) if isinstance(state, tuple | list) else state.reshape(-1)
     stats = Stats()
     problem = Problem(
         system=system,
@@ -197,14 +199,14 @@ def run(
         else:
             with torch.no_grad():
                 later = forward(problem, problem.flow())
-        return Solution(times.detach(), (z, *later), h.shape, stats, Status.SUCCESS, Status.SUCCESS.value)
+        return Solution(times.detach(), (z, *later), h.shape, system.rows, stats, Status.SUCCESS, Status.SUCCESS.value)
     except SolveError as e:
         if throw:
             raise
         reached = [s.detach() for s in (z, *e.reached)]
         missing = torch.full_like(reached[0], math.nan)
         states = (*reached, *(missing for _ in range(len(times) - len(reached))))
-        return Solution(times.detach(), states, h.shape, stats, e.status, str(e))
+        return Solution(times.detach(), states, h.shape, system.rows, stats, e.status, str(e))
 
 
 def check_state(system: System, state: object) -> Tensor:

@@ -45,7 +45,7 @@ class SolveError(RuntimeError):
         status: why.
         t, dt: time and step size of the last attempt, in units of the time.
         steps: attempted steps.
-        reached: the states, [rows, N] each, at those requested times after the first that were reached.
+        reached: the states, [D] each, at those requested times after the first that were reached.
     """
 
     def __init__(

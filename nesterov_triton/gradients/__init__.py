@@ -18,7 +18,7 @@ class Gradient(Protocol):
     """A way to differentiate a solve."""
 
     def solve(self, problem: Problem) -> list[Tensor]:
-        """The states at the requested times after the first, [rows, N] each, with their graph."""
+        """The states at the requested times after the first, [D] each, with their graph."""
 
 
 GradientLike: TypeAlias = str | Gradient

@@ -52,7 +52,7 @@ class Adjoint:
             tableaus.get(self.method)
 
     def solve(self, problem: Problem) -> list[Tensor]:
-        """The states at the requested times after the first, [rows, N] each, with their graph."""
+        """The states at the requested times after the first, [D] each, with their graph."""
         rest = (*problem.scalars.values(), *problem.params)
         return list(
             _Adjoint.apply(problem, self.backward_problem(problem), self, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
@@ -121,7 +121,7 @@ def _solve_back(
     adjoint = torch.zeros_like(states[0])
     like = torch.cat((states[0], adjoint))
     kind = _WithQuadratures if strategy.quadratures_in_norm and problem.tolerance is not None else ExplicitRK
-    stepper = kind(problem.tableau, dynamics, like, problem.tolerance)
+    stepper = kind(problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
     of_times = torch.zeros(len(times), dtype=torch.float64) if wants_times else None
     progress = Progress()
     for k in range(len(times) - 1, 0, -1):
@@ -138,7 +138,7 @@ def _solve_back(
             )
         except SolveError as e:
             raise SolveError(e.status, e.t, e.dt, e.steps, where="the adjoint's backward solve") from None
-        adjoint = end[flow.rows :]
+        adjoint = end[states[0].numel() :]
     if of_times is not None:
         of_times[0] -= float(torch.sum(adjoint * _slope(flow, times[0], states[0])))
     return adjoint, of_times, totals
@@ -146,11 +146,11 @@ def _solve_back(
 
 def _slope(flow: Flow, t: float, z: Tensor) -> Tensor:
     at = flow.at(torch.tensor([t], dtype=torch.float64))
-    return torch.stack(tuple(flow.derivative(at, 0, z)))
+    return torch.cat(tuple(flow.derivative(at, 0, z)))
 
 
 class _AdjointDynamics:
-    """The right-hand side of (z, a), [2 rows, N], and the quadratures of its accepted steps."""
+    """The right-hand side of (z, a), [2 D], and the quadratures of its accepted steps."""
 
     def __init__(self, flow: Flow, tableau: Tableau, totals: Totals) -> None:
         self.flow, self.tableau, self.totals = flow, tableau, totals
@@ -168,11 +168,12 @@ class _AdjointDynamics:
     ) -> Sequence[Tensor]:
         assert out is not None
         flow, r = self.flow, self.flow.rows
-        lin = flow.linearise(at, i, z[:r], out[:r])
+        state, adjoint = z.view(2, -1).unbind(0)
+        lin = flow.linearise(at, i, state, out[:r])
         if not self._checked:
             check_leaves(flow, lin)
             self._checked = True
-        self.kept[i] = flow.pullback(at, i, lin, z[r:].unbind(0), out[r:], wrt_params=self._weighted[i])
+        self.kept[i] = flow.pullback(at, i, lin, adjoint.view(r, -1).unbind(0), out[r:], wrt_params=self._weighted[i])
         for row in out[r:]:
             row.neg_()
         return out

@@ -18,7 +18,7 @@ class Backprop:
     """
 
     def solve(self, problem: Problem) -> list[Tensor]:
-        """The states at the requested times after the first, [rows, N] each, with their graph."""
+        """The states at the requested times after the first, [D] each, with their graph."""
         flow = problem.flow()
         stats = problem.stats
 

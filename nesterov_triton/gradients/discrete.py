@@ -38,7 +38,7 @@ class Discrete:
     """
 
     def solve(self, problem: Problem) -> list[Tensor]:
-        """The states at the requested times after the first, [rows, N] each, with their graph."""
+        """The states at the requested times after the first, [D] each, with their graph."""
         return list(
             _Discrete.apply(problem, problem.z, problem.times, *problem.scalars.values(), *problem.params)  # type: ignore[no-untyped-call]
         )
@@ -107,10 +107,10 @@ class ReverseSweep:
     def step(
         self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]
     ) -> Tensor:
-        """The cotangent of the state `z` at t, [rows, N], from that of the state at t1 and those of requested states.
+        """The cotangent of the state `z` at t, [D], from that of the state at t1 and those of requested states.
 
         Args:
-            outputs: (index of the requested time in (t, t1], cotangent [rows, N]).
+            outputs: (index of the requested time in (t, t1], cotangent [D]).
         """
         flow, dt = self.flow, t1 - t
         inside = [(k, g) for k, g in outputs if self.requested[k] != t1]
@@ -134,20 +134,20 @@ class ReverseSweep:
                 self._checked = True
 
         # Rows of `cotangents`: those of the stages' states, then λ, then those of the states inside the step.
-        buffers.cotangents[s].copy_(adjoint.view(-1))
+        buffers.cotangents[s].copy_(adjoint)
         thetas = [(self.requested[k] - t) / dt for k, _ in inside]
         for j, (_, g) in enumerate(inside):
-            buffers.cotangents[s + 1 + j].copy_(g.reshape(-1))
+            buffers.cotangents[s + 1 + j].copy_(g)
         if inside:
             extra = torch.stack([self._dense.weights(theta) * dt for theta in thetas], dim=1).to(backward_weights)
             backward_weights = torch.cat((backward_weights, extra), dim=1)
         found: list[Cotangents] = [Cotangents(())] * s
         moments: list[Tensor] = []
         for i in reversed(range(s)):
-            of_slope = torch.mv(buffers.cotangents[i + 1 :].t(), backward_weights[i, i + 1 :]).view_as(z)
+            of_slope = torch.mv(buffers.cotangents[i + 1 :].t(), backward_weights[i, i + 1 :])
             if flow.time_grads:
-                moments.append(torch.dot(of_slope.view(-1), buffers.slopes[i]))
-            found[i] = flow.pullback(at, i, lins[i], of_slope.unbind(0), buffers.cotangent_rows[i])
+                moments.append(torch.dot(of_slope, buffers.slopes[i]))
+            found[i] = flow.pullback(at, i, lins[i], of_slope.view(flow.rows, -1).unbind(0), buffers.cotangent_rows[i])
             lins[i] = None  # type: ignore[call-overload]  # frees the stage's graph
         self.totals.add_params(found)
         of_times = self.totals.add_coefficients(times, found)
@@ -159,7 +159,7 @@ class ReverseSweep:
             self._add_times(t1, of_times, of_dt, dt, inside, thetas, buffers.slopes)
         elif flow.time_grads:
             raise AssertionError("time cotangents were asked for and not computed")
-        return buffers.cotangents.sum(0).view_as(z)
+        return buffers.cotangents.sum(0)
 
     def _add_times(
         self,
@@ -175,7 +175,7 @@ class ReverseSweep:
         of_t = float(of_times.sum())
         for (k, g), theta in zip(inside, thetas, strict=True):
             rate = torch.mv(slopes.t(), self._dense.slopes(theta).to(slopes))  # dy/dθ over dt
-            of_output = float(torch.dot(g.reshape(-1), rate))
+            of_output = float(torch.dot(g, rate))
             self.times[k] += of_output
             of_t -= of_output
             of_dt -= theta * of_output
@@ -190,7 +190,7 @@ class _Transpose:
     """A tableau's rows for going forward again, its columns for going back, and the buffers for one step."""
 
     def __init__(self, tableau: Tableau, stages: int, flow: Flow) -> None:
-        self.stages = stages
+        self.stages, self._rows = stages, flow.rows
         self.nodes = (*tableau.c, *tableau.extra_c)[:stages]
         rows = [list(row) for row in (*tableau.a, *tableau.extra_a)][:stages]
         b = [*tableau.b, *(0.0 for _ in tableau.extra_c)][:stages]
@@ -207,15 +207,15 @@ class _Transpose:
     def buffers(self, like: Tensor, inside: int) -> _Buffers:
         """Buffers for a step with so many requested times inside; kept for the next step like it."""
         if inside not in self._buffers:
-            self._buffers = {inside: _Buffers(self.stages, inside, like)}
+            self._buffers = {inside: _Buffers(self.stages, inside, self._rows, like)}
         return self._buffers[inside]
 
 
 class _Buffers:
-    def __init__(self, stages: int, inside: int, like: Tensor) -> None:
-        slopes = torch.empty((stages, *like.shape), dtype=like.dtype, device=like.device)
-        cotangents = torch.empty((stages + 1 + inside, *like.shape), dtype=like.dtype, device=like.device)
-        self.slopes = slopes.view(stages, -1)
-        self.slope_rows = [tuple(k.unbind(0)) for k in slopes]
-        self.cotangents = cotangents.view(stages + 1 + inside, -1)
-        self.cotangent_rows = [tuple(c.unbind(0)) for c in cotangents]
+    def __init__(self, stages: int, inside: int, rows: int, like: Tensor) -> None:
+        def empty(n: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+            flat = torch.empty((n, like.numel()), dtype=like.dtype, device=like.device)
+            return flat, [tuple(k.view(rows, -1).unbind(0)) for k in flat]
+
+        self.slopes, self.slope_rows = empty(stages)
+        self.cotangents, self.cotangent_rows = empty(stages + 1 + inside)

@@ -23,7 +23,7 @@ class Problem:
     Attributes:
         system: the right-hand side.
         shape: of h.
-        z: the initial state, [rows, N], contiguous, with its graph.
+        z: the initial state, [D] with D = rows · N, contiguous, with its graph.
         times: the requested times, [n] float64 on the CPU, with their graph.
         scalars: the system's learnable scalars by name, 0-d float64 on the CPU, with their graph.
         params: further tensors that gradients are wanted of.
@@ -56,7 +56,7 @@ class Problem:
 def forward(
     problem: Problem, flow: Flow, on_accept: OnAccept | None = None, *, differentiable: bool = False
 ) -> list[Tensor]:
-    """The states, [rows, N] each, at the requested times after the first; counts into the problem's stats.
+    """The states, [D] each, at the requested times after the first; counts into the problem's stats.
 
     Raises:
         SolveError: the last time was not reached.
@@ -67,6 +67,7 @@ def forward(
     stepper = ExplicitRK(
         problem.tableau,
         flow,
+        flow.rows,
         z,
         problem.tolerance,
         dense=len(times) > 2,

@@ -1,4 +1,4 @@
-"""One explicit Runge-Kutta step on a state [rows, N].
+"""One explicit Runge-Kutta step on a flat state, [D].
 
 Stages are stored stage-major, so that Σ_j a_ij k_j is one matrix-vector product over contiguous memory. The storage is either
 a buffer that lives as long as the solve, or, when plain autograd is to see every operation, a list of fresh tensors; the
@@ -21,7 +21,7 @@ from nesterov_triton.tableaus import Tableau
 
 
 class Dynamics(Protocol):
-    """What a step needs of a right-hand side on states [rows, N]."""
+    """What a step needs of a right-hand side on flat states, [D], made of rows of [N]."""
 
     def at(self, times: Tensor) -> StageTimes:
         """What the right-hand side needs at `times`, [s] float64 on the CPU."""
@@ -67,8 +67,42 @@ class TimeAxis:
         return t + self._zeros[index]
 
 
+class Table:
+    """A method's numbers as one matrix, with its rows as views.
+
+    Attributes:
+        matrix: what leads to stage i; b; the error rows; what leads to the extra stages of dense output. Zero-padded.
+        rows: its rows without the padding.
+        errors: the error rows, [n, s].
+    """
+
+    def __init__(self, tableau: Tableau, matrix: Tensor) -> None:
+        self.tableau, self.matrix = tableau, matrix
+        table = table_rows(tableau)
+        self.rows = [matrix[i, : len(row)] for i, row in enumerate(table)]
+        s = tableau.stages
+        self.errors = matrix[s + 1 : s + 1 + len(tableau.error), :s]
+
+    def like(self, matrix: Tensor) -> Table:
+        """The same rows of another matrix."""
+        return Table(self.tableau, matrix)
+
+    @classmethod
+    def of(cls, tableau: Tableau, like: Tensor) -> Table:
+        """The method's own numbers, in the dtype and on the device of `like`."""
+        rows = table_rows(tableau)
+        width = max(map(len, rows))
+        padded = [[*row, *(0.0,) * (width - len(row))] for row in rows]
+        return cls(tableau, torch.tensor(padded, dtype=torch.float64).to(like.device, like.dtype))
+
+
+def table_rows(tableau: Tableau) -> list[tuple[float, ...]]:
+    """The rows of `Table`."""
+    return [*tableau.a, tableau.b, *tableau.error, *tableau.extra_a]
+
+
 class Stages(Protocol):
-    """Storage for the stages k_j, each [rows, N], and for dt times the tableau."""
+    """Storage for the stages k_j, [D] each, and for dt times the tableau."""
 
     def out(self, i: int) -> Sequence[Tensor] | None:
         """Where stage i is to be written, or None if it is to be allocated."""
@@ -77,13 +111,13 @@ class Stages(Protocol):
         """Stage i has been computed (and written to `out`)."""
 
     def stage(self, i: int) -> Tensor:
-        """Stage i, [rows, N]."""
+        """Stage i, [D]."""
 
     def columns(self, n: int) -> Tensor:
-        """The first n stages as columns, [rows · N, n]."""
+        """The first n stages as columns, [D, n]."""
 
-    def scale(self, matrix: Tensor, dt: Tensor | float) -> Tensor:
-        """dt · matrix."""
+    def scale(self, table: Table, dt: Tensor | float) -> Table:
+        """dt times the table."""
 
     def carry(self, i: int) -> None:
         """Make stage i the first one."""
@@ -92,12 +126,13 @@ class Stages(Protocol):
 class StageBuffer:
     """Stages in one buffer, overwritten by every step."""
 
-    def __init__(self, count: int, like: Tensor) -> None:
-        self._k = torch.empty((count, *like.shape), dtype=like.dtype, device=like.device)
-        self._out = [tuple(k.unbind(0)) for k in self._k]
-        flat = self._k.view(count, like.numel())
+    def __init__(self, count: int, rows: int, like: Tensor) -> None:
+        flat = torch.empty((count, like.numel()), dtype=like.dtype, device=like.device)
+        self._k = flat.unbind(0)
+        self._out = [tuple(k.view(rows, -1).unbind(0)) for k in self._k]
+        # Views are made once: each costs a microsecond, and a step has some thirty.
         self._columns = [flat[:n].t() for n in range(count + 1)]
-        self._scaled: Tensor | None = None
+        self._scaled: Table | None = None
 
     def out(self, i: int) -> Sequence[Tensor]:
         return self._out[i]
@@ -111,8 +146,10 @@ class StageBuffer:
     def columns(self, n: int) -> Tensor:
         return self._columns[n]
 
-    def scale(self, matrix: Tensor, dt: Tensor | float) -> Tensor:
-        self._scaled = torch.mul(matrix, dt, out=self._scaled)
+    def scale(self, table: Table, dt: Tensor | float) -> Table:
+        if self._scaled is None:
+            self._scaled = table.like(torch.empty_like(table.matrix))
+        torch.mul(table.matrix, dt, out=self._scaled.matrix)
         return self._scaled
 
     def carry(self, i: int) -> None:
@@ -129,16 +166,16 @@ class StageList:
         return None
 
     def put(self, i: int, k: Sequence[Tensor]) -> None:
-        self._k = [*self._k[:i], torch.stack(tuple(k))]
+        self._k = [*self._k[:i], torch.cat(tuple(k))]
 
     def stage(self, i: int) -> Tensor:
         return self._k[i]
 
     def columns(self, n: int) -> Tensor:
-        return torch.stack(self._k[:n]).view(n, self._k[0].numel()).t()
+        return torch.stack(self._k[:n]).t()
 
-    def scale(self, matrix: Tensor, dt: Tensor | float) -> Tensor:
-        return matrix * dt
+    def scale(self, table: Table, dt: Tensor | float) -> Table:
+        return table.like(table.matrix * dt)
 
     def carry(self, i: int) -> None:
         self._k = [self._k[i]]
@@ -152,7 +189,8 @@ class ExplicitRK:
     Args:
         tableau: the method.
         dynamics: the right-hand side.
-        like: a state, [rows, N]: gives shape, dtype and device.
+        rows: rows of the state.
+        like: a state, [D]: gives size, dtype and device.
         tolerance: for the embedded error's norm; None for fixed steps.
         dense: whether `interpolate` will be called.
         differentiable: run out of place, visible to autograd.
@@ -163,6 +201,7 @@ class ExplicitRK:
         self,
         tableau: Tableau,
         dynamics: Dynamics,
+        rows: int,
         like: Tensor,
         tolerance: Tolerance | None,
         *,
@@ -173,14 +212,8 @@ class ExplicitRK:
         self.tableau, self.dynamics, self.tolerance, self.axis = tableau, dynamics, tolerance, axis
         self.dense = DenseOutput(tableau)
         count = self.dense.stages if dense else tableau.stages
-        self.stages: Stages = StageList() if differentiable else StageBuffer(max(count, 2), like)
-        # Rows: what leads to stage i; b; the error rows; what leads to the extra stages of dense output.
-        table = [*tableau.a, tableau.b, *tableau.error, *tableau.extra_a]
-        width = self.dense.stages
-        padded = [list(row) + [0.0] * (width - len(row)) for row in table]
-        self._matrix = torch.tensor(padded, dtype=torch.float64).to(like.device, like.dtype)
-        self._lengths = [len(row) for row in table]
-        self._scaled: Tensor = self._matrix
+        self.stages: Stages = StageList() if differentiable else StageBuffer(max(count, 2), rows, like)
+        self._table = self._scaled = Table.of(tableau, like)
         self._errors: Tensor | None = None
         self._magnitudes: tuple[Tensor, Tensor] | None = None  # |z| of the state to go on from, and of the next
         self._has_first = False
@@ -188,20 +221,20 @@ class ExplicitRK:
         self.dt = 0.0  # of the step just taken
 
     def first_derivative(self, t: float, z: Tensor) -> Tensor:
-        """The right-hand side at the start, [rows, N]; kept as the first stage."""
+        """The right-hand side at the start, [D]; kept as the first stage."""
         self._evaluate(self.dynamics.at(self._times(t, t, (0.0,))), 0, z)
         self._has_first = True
         return self.stages.stage(0)
 
     def probe(self, t: float, z: Tensor) -> Tensor:
-        """The right-hand side somewhere else, [rows, N]; the first stage is left as it is."""
+        """The right-hand side somewhere else, [D]; the first stage is left as it is."""
         self._evaluate(self.dynamics.at(self._times(t, t, (0.0, 0.0))), 1, z)
         return self.stages.stage(1)
 
     def step(self, t: float, t1: float, z: Tensor) -> Tensor:
-        """The state after one step from t to t1, [rows, N], freshly allocated."""
+        """The state after one step from t to t1, [D], freshly allocated."""
         tableau = self.tableau
-        self._scaled = self.stages.scale(self._matrix, self._step_size(t, t1))
+        self._scaled = self.stages.scale(self._table, self._step_size(t, t1))
         self._has_extra = False
         self.dt = t1 - t
         at = self.dynamics.at(self._times(t, t1, tableau.c))
@@ -217,14 +250,13 @@ class ExplicitRK:
     @torch.no_grad()
     def error(self, z: Tensor, z1: Tensor) -> float:
         """The norm of the embedded error of the step just taken. The one host read of a step."""
-        tolerance, s, n = self.tolerance, self.tableau.stages, len(self.tableau.error)
+        tolerance, columns = self.tolerance, self.stages.columns(self.tableau.stages)
         assert tolerance is not None
-        weights = self._scaled[s + 1 : s + 1 + n, :s].detach()
-        self._errors = torch.mm(weights, self.stages.columns(s).detach().t(), out=self._errors)
+        self._errors = torch.mm(self._scaled.errors.detach(), columns.detach().t(), out=self._errors)
         if self._magnitudes is None:
             self._magnitudes = (z.abs(), torch.empty_like(z))
         old, new = self._magnitudes
-        size = torch.maximum(old, torch.abs(z1.detach(), out=new)).view(-1)
+        size = torch.maximum(old, torch.abs(z1.detach(), out=new))
         norms = runge_kutta.scaled_norms(self._errors, size, tolerance.rtol, tolerance.atol)
         return combined(norms)
 
@@ -261,8 +293,8 @@ class ExplicitRK:
         self.stages.put(i, self.dynamics.derivative(at, i, z, self.stages.out(i)))
 
     def _combine(self, z: Tensor, row: int) -> Tensor:
-        n = self._lengths[row]
-        return runge_kutta.combine(z, self.stages.columns(n), self._scaled[row, :n])
+        weights = self._scaled.rows[row]
+        return runge_kutta.combine(z, self.stages.columns(len(weights)), weights)
 
     def _step_size(self, t: float, t1: float) -> Tensor | float:
         return t1 - t if self.axis is None else self.axis.end(t1) - self.axis.start(t)

@@ -35,7 +35,7 @@ def initial_step(stepper: ExplicitRK, t: float, end: float, z: Tensor) -> float:
 
 
 def _norms(stepper: ExplicitRK, values: Tensor, z: Tensor) -> Tensor:
-    """Norms of `values`, [n, rows, N], relative to the tolerance at z."""
+    """Norms of `values`, [n, D], relative to the tolerance at z."""
     tolerance = stepper.tolerance
     assert tolerance is not None
-    return runge_kutta.scaled_norms(values.view(len(values), -1), z.abs().view(-1), tolerance.rtol, tolerance.atol)
+    return runge_kutta.scaled_norms(values, z.abs(), tolerance.rtol, tolerance.atol)

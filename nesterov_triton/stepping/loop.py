@@ -21,7 +21,7 @@ from nesterov_triton.stepping.initial_step import initial_step
 
 @dataclass(frozen=True)
 class AcceptedStep:
-    """One accepted step: its ends, the state [rows, N] it started from, and the requested times strictly inside or at its
+    """One accepted step: its ends, the state [D] it started from, and the requested times strictly inside or at its
     end, as indices."""
 
     t: float
@@ -71,7 +71,7 @@ def integrate(
     progress: Progress,
     on_accept: OnAccept | None = None,
 ) -> list[Tensor]:
-    """The states, [rows, N] each, at times[1:], from the state `z` at times[0].
+    """The states, [D] each, at times[1:], from the state `z` at times[0].
 
     Requested times never change the steps taken; the last one ends the last step. `progress` is counted on, and its `dt`,
     if it has one, is the first step to try.

@@ -25,19 +25,26 @@ def force(u: Tensor, sign: float, drive: Tensor | None, gate: Gate, out: Tensor 
 
 
 def derivative(
-    pushed: Tensor, z: Tensor, sign: float, linear: Tensor | None, gate: Gate, out: Sequence[Tensor] | None = None
+    pushed: Tensor,
+    z: Tensor,
+    m: Tensor,
+    sign: float,
+    linear: Tensor | None,
+    gate: Gate,
+    out: Sequence[Tensor] | None = None,
 ) -> Sequence[Tensor]:
     """(x', m') = (σ_x(m), sign · pushed + q x - γ m).
 
     Args:
         pushed: from `force`.
         z: (x, m), [2, N].
+        m: its second row.
         linear: (q, -γ), shape [2]; None where both are 0.
         gate: σ_x.
         out: two tensors [N] to write to.
     """
     x_out, m_out = (None, None) if out is None else out
-    dx = gate(z[1], out=x_out)
+    dx = gate(m, out=x_out)
     if linear is None:
         dm = torch.mul(pushed, sign, out=m_out)
     else:  # one matrix-vector product reads x and m once, and takes γ and ξ as tensors

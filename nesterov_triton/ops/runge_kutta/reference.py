@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def combine(z: Tensor, stages: Tensor, weights: Tensor) -> Tensor:
-    """z + Σ_j weights_j k_j, shape of `z`.
+    """z + Σ_j weights_j k_j, [D].
 
     Args:
-        z: the state, any shape of D elements, contiguous.
+        z: the state, [D].
         stages: k_j as columns, [D, j]: the transpose of stage-major storage, so that one matrix-vector product streams
             over contiguous stages.
         weights: dt a_ij, [j].
     """
-    return torch.addmv(z.view(-1), stages, weights).view(z.shape)
+    return torch.addmv(z, stages, weights)
 
 
 def scaled_norms(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Tensor | float) -> Tensor:
@@ -26,7 +26,6 @@ def scaled_norms(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Tenso
         size: max(\\|z_n\\|, \\|z_{n+1}\\|), [D], overwritten.
         rtol, atol: numbers, or tensors that broadcast with [D].
     """
-    scale = size.mul_(rtol).add_(atol)
-    errors.div_(scale)
+    errors.div_(size.mul_(rtol).add_(atol))
     wide = torch.float32 if errors.dtype in (torch.float16, torch.bfloat16) else None
     return torch.linalg.vector_norm(errors, dim=1, dtype=wide) / max(errors.shape[1], 1) ** 0.5
