@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton.ops import momentum
+from nesterov_triton.ops.rows import Row
 from nesterov_triton.systems import Coefficients, FirstOrder, Momentum, System
 
 
@@ -25,7 +26,9 @@ class StageTimes:
     t: Sequence[Tensor]
     scale: Sequence[Tensor | None]
     drive: Sequence[Tensor | None]
-    linear: Sequence[Tensor | None]
+    linear: Sequence[Tensor | None]  # (q, -γ), [2]
+    q: Sequence[Tensor | None]  # the same, each 0-d
+    minus_gamma: Sequence[Tensor | None]
 
 
 @dataclass
@@ -35,10 +38,10 @@ class Linearisation:
     leaves: tuple[Tensor, ...]  # what the network was given: h, or (h, m)
     time: Tensor | None  # its 0-d time, where gradients with respect to times are wanted
     u: Tensor  # the network's output, with its graph, shape of h
-    rows: Sequence[Tensor]  # the state, rows of [N]
-    pair: Tensor  # the state, [rows, N]
-    gated: Tensor  # σ_f(u), [N]
-    slope: Sequence[Tensor]  # the right-hand side, rows of [N]
+    state: Tensor  # [rows, N]
+    parts: Sequence[Tensor]  # its rows
+    slope: Row  # the right-hand side
+    values: Row  # σ_x(m) and σ_f(u), where the gates have any
 
 
 @dataclass
@@ -75,7 +78,7 @@ class Flow:
         self.scalars, self.params = scalars, params
         self.rows = system.rows
         self.evaluations = 0
-        self._scratch: Tensor | None = None
+        self._gates = momentum.Gates(system.gate_x, system.gate_f) if isinstance(system, Momentum) else None
         self._autocast = torch.is_autocast_enabled(device.type)
         self.coefficient_grads = False  # whether cotangents of the coefficients are wanted
         self.time_grads = False  # whether cotangents of the times are wanted
@@ -87,7 +90,7 @@ class Flow:
         """At `times`, [s] float64 on the CPU; differentiable in times and scalars, in float64 on the CPU."""
         system = self.system
         if not isinstance(system, Momentum):
-            return Coefficients(None, None, None)
+            return Coefficients(None, None, None, None)
         return system.coefficients(
             times, self.scalars.get("damping", system._damping), self.scalars.get("xi", system._xi)
         )
@@ -95,98 +98,95 @@ class Flow:
     def at(self, times: Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`, [s] float64 on the CPU."""
         s = times.shape[0]
-        c = self.coefficients(times).to(self.dtype, self.device)
+        c = self.coefficients(times)
+        # One packet, hence one cast and one transfer.
+        packet = torch.stack([x for x in (times, c.scale, c.drive, c.q, c.minus_gamma) if x is not None], dim=1)
+        packet = packet.to(self.device, self.dtype)
+        columns = iter(packet.unbind(1))
         nothing = (None,) * s
+
+        def cut(x: Tensor | None) -> Sequence[Tensor | None]:
+            return nothing if x is None else next(columns).unbind(0)
+
         return StageTimes(
-            times.to(self.device, self.dtype).unbind(0),
-            nothing if c.scale is None else c.scale.unbind(0),
-            nothing if c.drive is None else c.drive.unbind(0),
-            nothing if c.linear is None else c.linear.unbind(0),
+            next(columns).unbind(0),
+            cut(c.scale),
+            cut(c.drive),
+            nothing if c.q is None else packet[:, -2:].unbind(0),
+            cut(c.q),
+            cut(c.minus_gamma),
         )
 
     # -- the right-hand side -------------------------------------------------------------------------------------------
 
-    def derivative(
-        self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor] | None = None
-    ) -> Sequence[Tensor]:
-        """The right-hand side at stage `i` and state `z`, [D], as rows of [N]; written into `out` if given."""
-        if self.rows == 1:
+    def derivative(self, at: StageTimes, i: int, z: Tensor, out: Row | None = None) -> Sequence[Tensor]:
+        """The right-hand side at stage `i` and state `z`, [D], as parts of [N]; written into `out` if given."""
+        if self._gates is None:
             u = self._field(at.t[i], z.view(self.shape)).reshape(-1)
-            return (u,) if out is None else (out[0].copy_(u),)
+            return (u,) if out is None else (out.flat.copy_(u),)
         system: Momentum = self.system  # type: ignore[assignment]
         pair = z.view(2, -1)
         x, m = pair.unbind(0)
         u = self._field(at.t[i], *self._features(at.scale[i], x, m)).reshape(-1)
-        scratch = None
-        if out is not None:
-            if self._scratch is None:
-                self._scratch = torch.empty_like(out[1])
-            scratch = self._scratch
-        _, pushed = momentum.force(u, system.sign, at.drive[i], system.gate_f, scratch)
-        sign = system.sign if at.drive[i] is None else 1.0
-        return momentum.derivative(pushed, pair, m, sign, at.linear[i], system.gate_x, out)
+        return momentum.derivative(m, u, pair, system.sign, at.drive[i], at.linear[i], self._gates, out)
 
-    def linearise(self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor]) -> Linearisation:
-        """As `derivative` into `out`, keeping the network's graph for `pullback`. `z` must stay as it is until then."""
+    def linearise(self, at: StageTimes, i: int, z: Tensor, out: Row, values: Row) -> Linearisation:
+        """As `derivative` into `out`, keeping the network's graph for `pullback`. `z`, `out` and `values`, a row for the
+        gates' values, must stay as they are until then."""
         pair = z.view(self.rows, -1)
-        rows = pair.unbind(0)
-        features = (z.view(self.shape),) if self.rows == 1 else self._features(at.scale[i], *rows)
-        leaves = tuple(f.detach().requires_grad_() for f in features)
+        parts = pair.unbind(0)
+        features = (z.view(self.shape),) if self._gates is None else self._features(at.scale[i], *parts)
+        leaves = tuple(f.requires_grad_() for f in features)
         t = at.t[i]
         time = t.detach().requires_grad_() if self.time_grads else None
-        with torch.enable_grad(), torch.autocast(self.device.type, enabled=self._autocast):
-            u = self._field(t if time is None else time, *leaves)
+        with torch.enable_grad():
+            u = self._again(t if time is None else time, *leaves)
         flat = u.detach().reshape(-1)
-        if self.rows == 1:
-            out[0].copy_(flat)
-            return Linearisation(leaves, time, u, rows, pair, flat, out)
-        system: Momentum = self.system  # type: ignore[assignment]
-        gated, pushed = momentum.force(flat, system.sign, at.drive[i], system.gate_f)
-        sign = system.sign if at.drive[i] is None else 1.0
-        momentum.derivative(pushed, pair, rows[1], sign, at.linear[i], system.gate_x, out)
-        return Linearisation(leaves, time, u, rows, pair, gated, out)
+        if self._gates is None:
+            out.flat.copy_(flat)
+        else:
+            system: Momentum = self.system  # type: ignore[assignment]
+            momentum.derivative(
+                parts[1], flat, pair, system.sign, at.drive[i], at.linear[i], self._gates, out, values
+            )
+        return Linearisation(leaves, time, u, pair, parts, out, values)
 
     def pullback(
-        self,
-        at: StageTimes,
-        i: int,
-        lin: Linearisation,
-        cotangent: Sequence[Tensor],
-        out: Sequence[Tensor],
-        wrt_params: bool = True,
+        self, at: StageTimes, i: int, lin: Linearisation, c: Row, out: Row, wrt_params: bool = True
     ) -> Cotangents:
-        """Transpose of `linearise` at stage `i`: the state's cotangent into `out`, rows of [N]; the others returned.
+        """Transpose of `linearise` at stage `i`: the state's cotangent into `out`; the others returned.
 
         Args:
-            cotangent: of the right-hand side, rows of [N].
+            c: cotangent of the right-hand side.
             wrt_params: whether the parameters' cotangents are wanted from this stage.
         """
         params = self.params if wrt_params else ()
-        if self.rows == 1:
-            through, through_time, grads = self._through_field(lin, cotangent[0], params)
-            _write(through[0], out[0])
+        if self._gates is None:
+            through, through_time, grads = self._through_field(lin, c.flat, params)
+            if through[0] is None:
+                out.flat.zero_()
+            else:
+                out.flat.copy_(through[0])
             return Cotangents(grads, through_time)
         system: Momentum = self.system  # type: ignore[assignment]
-        c_m = cotangent[1]
-        g = system.gate_f.pullback(c_m, lin.u.detach().reshape(-1), lin.gated)
-        drive = at.drive[i]
-        if drive is not None:
-            g = g * drive
-        elif system.sign != 1.0:
-            g = torch.neg(g)
+        drive, scale = at.drive[i], at.scale[i]
+        u = lin.u.detach().reshape(-1)
+        of_m, gated = momentum.gate_cotangents(c, lin.parts[1], u, lin.slope, lin.values, self._gates)
+        g = momentum.field_cotangent(gated, system.sign, drive)
         through, through_time, grads = self._through_field(lin, g, params)
         v = through[0]
-        momentum.pullback(cotangent, v, lin.rows[1], lin.slope[0], at.scale[i], at.linear[i], system.gate_x, out)
+        momentum.pullback(c, of_m, v, scale, at.q[i], at.minus_gamma[i], out)
         if system.sees_momentum and through[1] is not None:
-            out[1].add_(through[1])
+            out.parts[1].add_(through[1])
         found = Cotangents(grads, through_time)
         if self.coefficient_grads:
+            c_m = c.parts[1]
             if at.linear[i] is not None:
-                found.linear = torch.mv(lin.pair, c_m)
-            if at.scale[i] is not None and v is not None:
-                found.scale = torch.dot(v, lin.rows[0])
+                found.linear = torch.mv(lin.state, c_m)
+            if scale is not None and v is not None:
+                found.scale = torch.dot(v, lin.parts[0])
             if drive is not None:
-                found.drive = torch.dot(c_m, lin.gated)
+                found.drive = torch.dot(c_m, self._gates.f(u))
         return found
 
     # -- the network ---------------------------------------------------------------------------------------------------
@@ -203,6 +203,13 @@ class Flow:
         if self.on_output is not None and u.requires_grad:
             self.on_output(u)
         return u
+
+    def _again(self, t: Tensor, *features: Tensor) -> Tensor:
+        """The network in the backward pass, under the autocast of the forward pass."""
+        if torch.is_autocast_enabled(self.device.type) == self._autocast:
+            return self._field(t, *features)
+        with torch.autocast(self.device.type, enabled=self._autocast):
+            return self._field(t, *features)
 
     def _checked(self, u: Any) -> Tensor:
         """Raise for what a field must not return; accept a tensor subclass, and autocast's narrower dtype."""
@@ -273,29 +280,30 @@ class Totals:
             # The scalars here are leaves of this solve: what leads to them is the caller's graph.
             values = flow.coefficients(leaf)
         outputs, grads = [], []
-        for name in ("scale", "drive", "linear"):
-            value: Tensor | None = getattr(values, name)
+        q_and_gamma = [(None, None) if c.linear is None else c.linear.unbind(0) for c in stages]
+        for value, found in (
+            (values.scale, [c.scale for c in stages]),
+            (values.drive, [c.drive for c in stages]),
+            (values.q, [q for q, _ in q_and_gamma]),
+            (values.minus_gamma, [g for _, g in q_and_gamma]),
+        ):
             if value is None or not value.requires_grad:
                 continue
-            rows = [getattr(stage, name) for stage in stages]
-            zero = torch.zeros(value.shape[1:], dtype=value.dtype)
-            if weights is None:
-                cut = [zero if r is None else r.to(zero) for r in rows]
-            else:
-                cut = [zero if r is None else r.to(zero) * w for r, w in zip(rows, weights, strict=True)]
+            zero = value.new_zeros(())
+            grad = torch.stack([zero if x is None else x.to(zero) for x in found])
             outputs.append(value)
-            grads.append(torch.stack(cut))
+            grads.append(grad if weights is None else grad * torch.tensor(weights, dtype=grad.dtype))
         names = list(flow.scalars)
         inputs = [flow.scalars[n] for n in names] + ([leaf] if flow.time_grads else [])
         if not outputs or not inputs:
             return torch.zeros_like(times) if flow.time_grads else None
-        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-        for name, g in zip(names, found, strict=False):
+        pulled = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+        for name, g in zip(names, pulled, strict=False):
             if g is not None:
-                self.scalars[name] += g.to(self.scalars[name])
+                self.scalars[name] += g
         if not flow.time_grads:
             return None
-        last = found[-1]
+        last = pulled[-1]
         return torch.zeros_like(times) if last is None else last
 
 
@@ -323,13 +331,6 @@ def trainable(field: Callable[..., Tensor], extra: Sequence[Tensor] = ()) -> tup
     own = list(field.parameters()) if isinstance(field, nn.Module) else []
     seen: dict[int, Tensor] = {id(p): p for p in (*own, *extra) if p.requires_grad}
     return tuple(seen.values())
-
-
-def _write(value: Tensor | None, out: Tensor) -> None:
-    if value is None:
-        out.zero_()
-    else:
-        out.copy_(value)
 
 
 def _name(field: object) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nesterov_triton._names import lookup
+from nesterov_triton.ops.rows import Row
 
 
 class Gate:
@@ -23,16 +24,23 @@ class Gate:
 
     Attributes:
         bound: the supremum of \\|σ\\| (infinity for the identity and for callables, whose bound is not known).
+        from_value: whether `pullback` needs y = σ(x) alone, and `x` may be anything.
     """
 
     bound: float = math.inf
+    from_value: bool = True
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """σ(x), shape of `x`; written into `out` if given (then it is not differentiable)."""
         raise NotImplementedError
 
-    def pullback(self, grad: Tensor, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-        """σ'(x) ⊙ grad, given y = σ(x); all of one shape. May return `grad` itself when `out` is None."""
+    def both(self, a: Tensor, b: Tensor, out: Row) -> None:
+        """σ(a) and σ(b) into the two parts of `out`."""
+        self(a, out=out.parts[0])
+        self(b, out=out.parts[1])
+
+    def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """σ'(x) ⊙ grad, given y = σ(x); all of one shape. May return `grad` itself."""
         raise NotImplementedError
 
 
@@ -55,8 +63,8 @@ class Identity(Gate):
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x if out is None else out.copy_(x)
 
-    def pullback(self, grad: Tensor, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-        return grad if out is None else out.copy_(grad)
+    def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return grad
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,18 @@ class Softclip(Gate):
         y = torch.sigmoid(y, out=out)
         return torch.add(constant(-c, x.dtype), y, alpha=2 * c, out=out)
 
-    def pullback(self, grad: Tensor, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    def both(self, a: Tensor, b: Tensor, out: Row) -> None:
+        if a.dtype in (torch.float16, torch.bfloat16):
+            return super().both(a, b, out)
+        c, y = self.bound, out.flat
+        for x, part in zip((a, b), out.parts, strict=True):
+            torch.mul(x, constant(2 / c, x.dtype), out=part)
+        torch.sigmoid(y, out=y)
+        torch.add(constant(-c, a.dtype), y, alpha=2 * c, out=y)
+
+    def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
         # σ' = 1 - (y / c)²
-        return torch.addcmul(grad, torch.mul(grad, y), y, value=-1 / self.bound**2, out=out)
+        return torch.addcmul(grad, torch.mul(grad, y), y, value=-1 / self.bound**2)
 
 
 @dataclass(frozen=True)
@@ -123,8 +140,8 @@ class Hardtanh(Gate):
             return torch.nn.functional.hardtanh(x, -c, c)
         return torch.clamp(x, -c, c, out=out)
 
-    def pullback(self, grad: Tensor, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(grad, torch.lt(y.abs(), self.bound), out=out)
+    def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return torch.mul(grad, torch.lt(y.abs(), self.bound))
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,7 @@ class Elementwise(Gate):
     """
 
     function: Callable[[Tensor], Tensor]
+    from_value = False
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         y = self.function(x)
@@ -146,14 +164,13 @@ class Elementwise(Gate):
             )
         return y if out is None else out.copy_(y)
 
-    def pullback(self, grad: Tensor, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             value = self.function(leaf)
         if not value.requires_grad:  # a constant function
-            return torch.zeros_like(grad) if out is None else out.zero_()
-        (result,) = torch.autograd.grad(value, leaf, grad)
-        return result if out is None else out.copy_(result)
+            return torch.zeros_like(grad)
+        return torch.autograd.grad(value, leaf, grad)[0]
 
 
 GateLike: TypeAlias = str | Gate | Callable[[Tensor], Tensor]

@@ -46,16 +46,13 @@ class Coefficients:
     Attributes:
         scale: κ, shape [s]; None where κ = 1.
         drive: s(t), shape [s]; None where it is the system's constant sign.
-        linear: (q, -γ), the factors of x and m in m', shape [s, 2]; None where both are 0.
+        q, minus_gamma: the factors of x and m in m', shape [s] each; both None where both are 0.
     """
 
     scale: Tensor | None
     drive: Tensor | None
-    linear: Tensor | None
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> Coefficients:
-        """Copies in the state's dtype and on its device."""
-        return Coefficients(*(None if c is None else c.to(device, dtype) for c in (self.scale, self.drive, self.linear)))
+    q: Tensor | None
+    minus_gamma: Tensor | None
 
 
 class System(nn.Module):
@@ -194,11 +191,10 @@ class Momentum(System):
         if self.exact:
             well = 0.75 / (t * t) - 0.25
             position = well if position is None else position + well
-        linear = None
-        if position is not None or isinstance(damping, Tensor) or damping != 0:
-            gamma = -(damping.to(t) if isinstance(damping, Tensor) else torch.tensor(damping, dtype=t.dtype))
-            linear = torch.stack((torch.zeros_like(t) if position is None else position, gamma.expand_as(t)), dim=1)
-        return Coefficients(scale, drive, linear)
+        if position is None and not isinstance(damping, Tensor) and damping == 0:
+            return Coefficients(scale, drive, None, None)
+        minus_gamma = -damping.expand_as(t) if isinstance(damping, Tensor) else torch.full_like(t, -damping)
+        return Coefficients(scale, drive, torch.zeros_like(t) if position is None else position, minus_gamma)
 
     def initial_state(self, h: Tensor, velocity: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x, m) at time `t` from features and an initial velocity, all of h's shape (zeros without a velocity).

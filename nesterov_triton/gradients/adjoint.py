@@ -20,9 +20,9 @@ from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, StageTimes, Totals
 from nesterov_triton.gradients.common import check_leaves
 from nesterov_triton.gradients.problem import Problem, forward
-from nesterov_triton.ops import runge_kutta
+from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
-from nesterov_triton.stepping.explicit_rk import ExplicitRK, Tolerance, combined, stage_times
+from nesterov_triton.stepping.explicit_rk import ExplicitRK, Tolerance, error_norm, stage_times
 from nesterov_triton.stepping.loop import AcceptedStep, Progress, integrate
 from nesterov_triton.tableaus import Tableau
 
@@ -117,7 +117,7 @@ def _solve_back(
     """Cotangents of the first state, of the requested times, and of the rest."""
     times = problem.times.tolist()
     totals = Totals(flow)
-    dynamics = _AdjointDynamics(flow, problem.tableau, totals)
+    dynamics = _AdjointDynamics(flow, problem.tableau, totals, states[0])
     adjoint = torch.zeros_like(states[0])
     like = torch.cat((states[0], adjoint))
     kind = _WithQuadratures if strategy.quadratures_in_norm and problem.tolerance is not None else ExplicitRK
@@ -152,31 +152,32 @@ def _slope(flow: Flow, t: float, z: Tensor) -> Tensor:
 class _AdjointDynamics:
     """The right-hand side of (z, a), [2 D], and the quadratures of its accepted steps."""
 
-    def __init__(self, flow: Flow, tableau: Tableau, totals: Totals) -> None:
+    def __init__(self, flow: Flow, tableau: Tableau, totals: Totals, like: Tensor) -> None:
         self.flow, self.tableau, self.totals = flow, tableau, totals
         last = tableau.stages - 1
         # The stages whose parameter cotangents are ever summed; an FSAL stage is the next step's first.
         self._weighted = [b != 0 or (tableau.fsal and i == last) for i, b in enumerate(tableau.b)]
         self.kept: list[Cotangents] = [Cotangents(())] * tableau.stages
         self._checked = False
+        self._values = Row.of(like.clone(), flow.rows)
 
     def at(self, times: Tensor) -> StageTimes:
         return self.flow.at(times)
 
-    def derivative(
-        self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor] | None = None
-    ) -> Sequence[Tensor]:
+    def derivative(self, at: StageTimes, i: int, z: Tensor, out: Row | None = None) -> Sequence[Tensor]:
         assert out is not None
-        flow, r = self.flow, self.flow.rows
+        flow = self.flow
         state, adjoint = z.view(2, -1).unbind(0)
-        lin = flow.linearise(at, i, state, out[:r])
+        slope, of_state = out.split()
+        lin = flow.linearise(at, i, state, slope, self._values)
         if not self._checked:
             check_leaves(flow, lin)
             self._checked = True
-        self.kept[i] = flow.pullback(at, i, lin, adjoint.view(r, -1).unbind(0), out[r:], wrt_params=self._weighted[i])
-        for row in out[r:]:
-            row.neg_()
-        return out
+        self.kept[i] = flow.pullback(
+            at, i, lin, Row.of(adjoint, flow.rows), of_state, wrt_params=self._weighted[i]
+        )
+        of_state.flat.neg_()
+        return out.parts
 
     def on_accept(self, step: AcceptedStep) -> None:
         dt = step.t1 - step.t
@@ -210,4 +211,4 @@ class _WithQuadratures(ExplicitRK):
         before = torch.cat([p.reshape(-1) for p in totals.params])
         size = torch.maximum(before.abs(), (before - change[0]).abs())
         own = [x if not isinstance(x, Tensor) else x.min() for x in (tolerance.rtol, tolerance.atol)]
-        return max(norm, combined(runge_kutta.scaled_norms(errors, size, *own)))
+        return max(norm, error_norm(errors, size, *own))

@@ -24,6 +24,7 @@ from nesterov_triton.flow import Cotangents, Flow, Linearisation, Totals
 from nesterov_triton.gradients.common import check_leaves
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.ops import runge_kutta
+from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.stepping.explicit_rk import DenseOutput, stage_times
 from nesterov_triton.stepping.loop import AcceptedStep
 from nesterov_triton.tableaus import Tableau
@@ -127,8 +128,8 @@ class ReverseSweep:
         # Forward again, with the network's graph at every stage.
         lins: list[Linearisation] = []
         for i in range(s):
-            stage = z if i == 0 else runge_kutta.combine(z, buffers.slopes[:i].t(), forward_weights[i, :i])
-            lins.append(flow.linearise(at, i, stage, buffers.slope_rows[i]))
+            stage = z if i == 0 else runge_kutta.combine(z, buffers.slope_columns[i], forward_weights[i, :i])
+            lins.append(flow.linearise(at, i, stage, buffers.slope_rows[i], buffers.value_rows[i]))
             if not self._checked:
                 check_leaves(flow, lins[0])
                 self._checked = True
@@ -144,10 +145,10 @@ class ReverseSweep:
         found: list[Cotangents] = [Cotangents(())] * s
         moments: list[Tensor] = []
         for i in reversed(range(s)):
-            of_slope = torch.mv(buffers.cotangents[i + 1 :].t(), backward_weights[i, i + 1 :])
+            of_slope = torch.mv(buffers.later_columns[i], backward_weights[i, i + 1 :])
             if flow.time_grads:
                 moments.append(torch.dot(of_slope, buffers.slopes[i]))
-            found[i] = flow.pullback(at, i, lins[i], of_slope.view(flow.rows, -1).unbind(0), buffers.cotangent_rows[i])
+            found[i] = flow.pullback(at, i, lins[i], Row.of(of_slope, flow.rows), buffers.cotangent_rows[i])
             lins[i] = None  # type: ignore[call-overload]  # frees the stage's graph
         self.totals.add_params(found)
         of_times = self.totals.add_coefficients(times, found)
@@ -213,9 +214,8 @@ class _Transpose:
 
 class _Buffers:
     def __init__(self, stages: int, inside: int, rows: int, like: Tensor) -> None:
-        def empty(n: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-            flat = torch.empty((n, like.numel()), dtype=like.dtype, device=like.device)
-            return flat, [tuple(k.view(rows, -1).unbind(0)) for k in flat]
-
-        self.slopes, self.slope_rows = empty(stages)
-        self.cotangents, self.cotangent_rows = empty(stages + 1 + inside)
+        self.slopes, self.slope_rows = empty_rows(stages, rows, like)
+        _, self.value_rows = empty_rows(stages, rows, like)
+        self.cotangents, self.cotangent_rows = empty_rows(stages + 1 + inside, rows, like)
+        self.slope_columns = [self.slopes[:i].t() for i in range(stages + 1)]
+        self.later_columns = [self.cotangents[i + 1 :].t() for i in range(stages)]

@@ -17,19 +17,18 @@ from torch import Tensor
 
 from nesterov_triton.flow import StageTimes
 from nesterov_triton.ops import runge_kutta
+from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.tableaus import Tableau
 
 
 class Dynamics(Protocol):
-    """What a step needs of a right-hand side on flat states, [D], made of rows of [N]."""
+    """What a step needs of a right-hand side on flat states, [D], made of parts of [N]."""
 
     def at(self, times: Tensor) -> StageTimes:
         """What the right-hand side needs at `times`, [s] float64 on the CPU."""
 
-    def derivative(
-        self, at: StageTimes, i: int, z: Tensor, out: Sequence[Tensor] | None = None
-    ) -> Sequence[Tensor]:
-        """The right-hand side at stage `i` as rows of [N], written into `out` if given."""
+    def derivative(self, at: StageTimes, i: int, z: Tensor, out: Row | None = None) -> Sequence[Tensor]:
+        """The right-hand side at stage `i` as parts of [N], written into `out` if given."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def table_rows(tableau: Tableau) -> list[tuple[float, ...]]:
 class Stages(Protocol):
     """Storage for the stages k_j, [D] each, and for dt times the tableau."""
 
-    def out(self, i: int) -> Sequence[Tensor] | None:
+    def out(self, i: int) -> Row | None:
         """Where stage i is to be written, or None if it is to be allocated."""
 
     def put(self, i: int, k: Sequence[Tensor]) -> None:
@@ -127,21 +126,18 @@ class StageBuffer:
     """Stages in one buffer, overwritten by every step."""
 
     def __init__(self, count: int, rows: int, like: Tensor) -> None:
-        flat = torch.empty((count, like.numel()), dtype=like.dtype, device=like.device)
-        self._k = flat.unbind(0)
-        self._out = [tuple(k.view(rows, -1).unbind(0)) for k in self._k]
-        # Views are made once: each costs a microsecond, and a step has some thirty.
-        self._columns = [flat[:n].t() for n in range(count + 1)]
+        storage, self._rows = empty_rows(count, rows, like)
+        self._columns = [storage[:n].t() for n in range(count + 1)]
         self._scaled: Table | None = None
 
-    def out(self, i: int) -> Sequence[Tensor]:
-        return self._out[i]
+    def out(self, i: int) -> Row:
+        return self._rows[i]
 
     def put(self, i: int, k: Sequence[Tensor]) -> None:
         pass
 
     def stage(self, i: int) -> Tensor:
-        return self._k[i]
+        return self._rows[i].flat
 
     def columns(self, n: int) -> Tensor:
         return self._columns[n]
@@ -153,7 +149,7 @@ class StageBuffer:
         return self._scaled
 
     def carry(self, i: int) -> None:
-        self._k[0].copy_(self._k[i])
+        self._rows[0].flat.copy_(self._rows[i].flat)
 
 
 class StageList:
@@ -257,8 +253,7 @@ class ExplicitRK:
             self._magnitudes = (z.abs(), torch.empty_like(z))
         old, new = self._magnitudes
         size = torch.maximum(old, torch.abs(z1.detach(), out=new))
-        norms = runge_kutta.scaled_norms(self._errors, size, tolerance.rtol, tolerance.atol)
-        return combined(norms)
+        return error_norm(self._errors, size, tolerance.rtol, tolerance.atol)
 
     def accept(self) -> None:
         """Go on from the state that the step just taken gave."""
@@ -307,13 +302,16 @@ class ExplicitRK:
         return torch.stack([end if c == 1.0 else start + c * (end - start) for c in nodes])
 
 
-def combined(norms: Tensor) -> float:
-    """One number from the norms of a method's error rows, [1] or [2]; a host read."""
-    if len(norms) == 1:
-        return norms.item()
-    fifth, third = norms.tolist()
+def error_norm(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Tensor | float) -> float:
+    """The norm of a method's embedded error from its one or two error rows, [n, D]; one host read. Arguments as
+    `runge_kutta.scaled_squares`."""
+    squares = runge_kutta.scaled_squares(errors, size, rtol, atol)
+    mean = 1 / max(errors.shape[1], 1)
+    if len(squares) == 1:
+        return math.sqrt(squares.item() * mean)
+    fifth, third = squares.tolist()
     # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one.
-    return fifth * fifth / math.sqrt(fifth * fifth + 0.01 * third * third) if fifth else float(fifth)
+    return float(fifth) * math.sqrt(mean / (fifth + 0.01 * third)) if fifth else float(fifth)
 
 
 def stage_times(t: float, t1: float, nodes: Sequence[float]) -> Tensor:

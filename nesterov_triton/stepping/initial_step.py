@@ -19,14 +19,15 @@ def initial_step(stepper: ExplicitRK, t: float, end: float, z: Tensor) -> float:
     """
     first = stepper.first_derivative(t, z)  # part of the solution, so outside no_grad
     with torch.no_grad():
-        d0, d1 = _norms(stepper, torch.stack((z, first)), z).tolist()
+        d0, d1 = _norms(stepper, torch.stack((z, first)), z)
         if not math.isfinite(d0) or not math.isfinite(d1):
             return math.nan
         span = abs(end - t)
         h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span)
         signed = math.copysign(h0, end - t)
         second = stepper.probe(t + signed if h0 < span else end, torch.add(z, first, alpha=signed))
-        (d2,) = (_norms(stepper, (second - first).unsqueeze(0), z) / h0).tolist()
+        (d2,) = _norms(stepper, (second - first).unsqueeze(0), z)
+        d2 /= h0
     if not math.isfinite(d2):
         return h0
     slope = max(d1, d2)
@@ -34,8 +35,9 @@ def initial_step(stepper: ExplicitRK, t: float, end: float, z: Tensor) -> float:
     return min(100 * h0, h1, span)
 
 
-def _norms(stepper: ExplicitRK, values: Tensor, z: Tensor) -> Tensor:
+def _norms(stepper: ExplicitRK, values: Tensor, z: Tensor) -> list[float]:
     """Norms of `values`, [n, D], relative to the tolerance at z."""
     tolerance = stepper.tolerance
     assert tolerance is not None
-    return runge_kutta.scaled_norms(values, z.abs(), tolerance.rtol, tolerance.atol)
+    squares = runge_kutta.scaled_squares(values, z.abs(), tolerance.rtol, tolerance.atol)
+    return [math.sqrt(x / max(z.numel(), 1)) for x in squares.tolist()]

@@ -1,87 +1,132 @@
 """Torch reference of the momentum right-hand side.
 
-Shapes: N is the number of elements of h; z = (x, m) is [2, N], everything else [N] unless said otherwise.
+Shapes: N is the number of elements of h. A `Row` has 2 N elements, the part of x and the part of m; everything else is [N]
+unless said otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nesterov_triton.gates import Gate
+from nesterov_triton.gates import Gate, Identity
+from nesterov_triton.ops.rows import Row
 
 
-def force(u: Tensor, sign: float, drive: Tensor | None, gate: Gate, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """σ_f(u), and s σ_f(u) up to the constant sign: what enters m' of the field's output u.
+class Gates(NamedTuple):
+    """σ_x and σ_f. Where they are one gate known by its values, both are computed in one pass over a row."""
 
-    Args:
-        sign: s, where it is constant; it is left to `derivative`, which applies it for nothing.
-        drive: s(t), 0-d, where it depends on the time; then `sign` is part of it.
-    """
-    gated = gate(u, out=out) if out is not None and gate.bound < float("inf") else gate(u)
-    return gated, gated if drive is None else gated * drive
+    x: Gate
+    f: Gate
+
+    @property
+    def joint(self) -> bool:
+        return self.x == self.f and self.x.from_value and not isinstance(self.x, Identity)
 
 
 def derivative(
-    pushed: Tensor,
-    z: Tensor,
     m: Tensor,
+    u: Tensor,
+    pair: Tensor,
     sign: float,
+    drive: Tensor | None,
     linear: Tensor | None,
-    gate: Gate,
-    out: Sequence[Tensor] | None = None,
+    gates: Gates,
+    out: Row | None = None,
+    values: Row | None = None,
 ) -> Sequence[Tensor]:
-    """(x', m') = (σ_x(m), sign · pushed + q x - γ m).
+    """(x', m') = (σ_x(m), s σ_f(u) + q x - γ m).
 
     Args:
-        pushed: from `force`.
-        z: (x, m), [2, N].
-        m: its second row.
-        linear: (q, -γ), shape [2]; None where both are 0.
-        gate: σ_x.
-        out: two tensors [N] to write to.
+        m: the momentum.
+        u: the field's output.
+        pair: (x, m), [2, N].
+        sign: s where it is constant.
+        drive: s where it depends on the time, 0-d, sign included; then `sign` is not looked at.
+        linear: (q, -γ), [2]; None where both are 0.
+        out: where to write the result.
+        values: where to keep σ_x(m) and σ_f(u) for the transpose; needs `out`.
     """
-    x_out, m_out = (None, None) if out is None else out
-    dx = gate(m, out=x_out)
+    if out is None:
+        if gates.joint:
+            dx, s = gates.x(torch.cat((m, u))).view(2, -1).unbind(0)
+        else:
+            dx, s = gates.x(m), gates.f(u)
+        return dx, _momentum_part(s, pair, sign, drive, linear, None)
+    kept = out if values is None else values
+    if gates.joint:
+        gates.x.both(m, u, kept)
+        if values is not None:
+            out.parts[0].copy_(values.parts[0])
+        s = kept.parts[1]
+    else:
+        gates.x(m, out=out.parts[0])
+        s = u if isinstance(gates.f, Identity) else gates.f(u, out=kept.parts[1])
+    _momentum_part(s, pair, sign, drive, linear, out.parts[1])
+    return out.parts
+
+
+def _momentum_part(
+    s: Tensor, pair: Tensor, sign: float, drive: Tensor | None, linear: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """sign · s + q x - γ m, or with the drive for the sign."""
+    if drive is not None:
+        s, sign = s * drive, 1.0
     if linear is None:
-        dm = torch.mul(pushed, sign, out=m_out)
-    else:  # one matrix-vector product reads x and m once, and takes γ and ξ as tensors
-        dm = torch.addmv(pushed, z.t(), linear, beta=sign, out=m_out)
-    return dx, dm
+        return torch.mul(s, sign, out=out)
+    # One matrix-vector product reads x and m once, and takes γ and ξ as tensors.
+    return torch.addmv(s, pair.t(), linear, beta=sign, out=out)
+
+
+def gate_cotangents(c: Row, m: Tensor, u: Tensor, slope: Row, values: Row, gates: Gates) -> Sequence[Tensor]:
+    """(σ_x'(m) c_x, σ_f'(u) c_m), for the cotangent c of (x', m').
+
+    Args:
+        slope, values: what `derivative` wrote to `out` and `values`.
+    """
+    if gates.joint:
+        return gates.x.pullback(c.flat, c.flat, values.flat).view(2, -1).unbind(0)
+    return gates.x.pullback(c.parts[0], m, slope.parts[0]), gates.f.pullback(c.parts[1], u, values.parts[1])
+
+
+def field_cotangent(through_gate: Tensor, sign: float, drive: Tensor | None) -> Tensor:
+    """The cotangent s σ_f'(u) c_m to hand to the field."""
+    if drive is not None:
+        return through_gate * drive
+    return through_gate if sign == 1.0 else torch.neg(through_gate)
 
 
 def pullback(
-    cotangent: Sequence[Tensor],
+    c: Row,
+    through_gate: Tensor,
     through_field: Tensor | None,
-    m: Tensor,
-    dx: Tensor,
     scale: Tensor | None,
-    linear: Tensor | None,
-    gate: Gate,
-    out: Sequence[Tensor],
+    q: Tensor | None,
+    minus_gamma: Tensor | None,
+    out: Row,
 ) -> None:
     """Transpose of the right-hand side's derivative: (κ v + q c_m, σ_x'(m) c_x - γ c_m) into `out`.
 
     Args:
-        cotangent: (c_x, c_m), the cotangents of x' and m'.
+        c: the cotangent of (x', m').
+        through_gate: σ_x'(m) c_x.
         through_field: v, the cotangent of h that came back through the field; None where f does not depend on h.
-        m, dx: the momentum and x' = σ_x(m).
         scale: κ, 0-d; None for 1.
-        linear: (q, -γ), shape [2]; None where both are 0.
-        gate: σ_x.
-        out: two tensors [N].
+        q, minus_gamma: 0-d, both None where both are 0.
     """
-    c_x, c_m = cotangent
+    c_m = c.parts[1]
+    of_x, of_m = out.parts
     if through_field is None:
-        out[0].zero_()
+        of_x.zero_()
     elif scale is None:
-        out[0].copy_(through_field)
+        of_x.copy_(through_field)
     else:
-        torch.mul(through_field, scale, out=out[0])
-    gate.pullback(c_x, m, dx, out=out[1])
-    if linear is not None:
-        q, minus_gamma = linear.unbind(0)
-        out[0].addcmul_(c_m, q)
-        out[1].addcmul_(c_m, minus_gamma)
+        torch.mul(through_field, scale, out=of_x)
+    if q is None or minus_gamma is None:
+        of_m.copy_(through_gate)
+    else:
+        of_x.addcmul_(c_m, q)
+        torch.addcmul(through_gate, c_m, minus_gamma, out=of_m)
