@@ -30,7 +30,8 @@ class Field(nn.Module):
             nn.init.normal_(parameter, std=2 / width**0.5 if parameter.dim() == 2 else 0.1)
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        return self.net(h)
+        u: Tensor = self.net(h)
+        return u
 
 
 def softclip(x: Tensor) -> Tensor:
