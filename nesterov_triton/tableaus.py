@@ -282,8 +282,9 @@ _BOSH3 = Tableau(
     interpolant_order=3,
 )
 
-# DP's RK5(4)7M with DP's embedded weights (5179/57600, 0, 7571/16695, 393/640, -92097/339200, 187/2100, 1/40). Some
-# libraries embed Shampine's weights instead: the same estimate times 2/3. Dense output: Shampine; HNW II.6.
+# DP's RK5(4)7M with Shampine's embedded weights (1951/21600, 0, 22642/50085, 451/720, -12231/42400, 649/6300, 1/60), as in
+# torchdiffeq, so that a tolerance means the same steps in both; DP's own give this estimate times 3/2. Dense output:
+# Shampine; HNW II.6.
 _DOPRI5 = Tableau(
     name="dopri5",
     order=5,
@@ -298,7 +299,7 @@ _DOPRI5 = Tableau(
         (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
     ),
     b=(35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
-    error=((71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),),
+    error=((71 / 86400, 0, -142 / 50085, 71 / 2880, -5751 / 169600, 44 / 1575, -1 / 60),),
     error_order=4,
     extra_c=(),
     extra_a=(),

@@ -190,7 +190,9 @@ def test_coefficients_agree_with_scipy(name, solver):
         np.testing.assert_allclose(ours.error, [theirs.E5, theirs.E3], rtol=1e-13)
         np.testing.assert_allclose(stage_matrix(ours)[stages + 1 :], theirs.A_EXTRA, rtol=1e-15)
     else:
-        np.testing.assert_allclose(ours.error, [-theirs.E], rtol=1e-13)
+        # scipy embeds Dormand and Prince's own weights, dopri5 here Shampine's, whose estimate is 2/3 of theirs.
+        factor = 2 / 3 if name == "dopri5" else 1
+        np.testing.assert_allclose(ours.error, [-factor * theirs.E], rtol=1e-13)
         np.testing.assert_allclose(ours.interpolant, theirs.P, rtol=1e-14)
 
 
