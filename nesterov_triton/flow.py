@@ -27,8 +27,6 @@ class StageTimes:
     scale: Sequence[Tensor | None]
     drive: Sequence[Tensor | None]
     linear: Sequence[Tensor | None]  # (q, -γ), [2]
-    q: Sequence[Tensor | None]  # the same, each 0-d
-    minus_gamma: Sequence[Tensor | None]
 
 
 @dataclass
@@ -63,6 +61,7 @@ class Flow:
         shape, dtype, device: of h.
         scalars: the values of the system's learnable scalars for this solve ("damping", "xi"), 0-d tensors.
         params: the tensors that gradients are wanted of beside state and scalars.
+        autocast: the dtype of the autocast that the network runs under; None for none. Nothing else runs under it.
     """
 
     def __init__(
@@ -73,16 +72,19 @@ class Flow:
         device: torch.device,
         scalars: dict[str, Tensor],
         params: tuple[Tensor, ...] = (),
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.system, self.shape, self.dtype, self.device = system, shape, dtype, device
         self.scalars, self.params = scalars, params
         self.rows = system.rows
         self.evaluations = 0
+        self._call = system.field  # past nn.Module's attribute lookup
         self._gates = momentum.Gates(system.gate_x, system.gate_f) if isinstance(system, Momentum) else None
-        self._autocast = torch.is_autocast_enabled(device.type)
+        self._autocast = autocast
         self.coefficient_grads = False  # whether cotangents of the coefficients are wanted
         self.time_grads = False  # whether cotangents of the times are wanted
         self.on_output: Callable[[Tensor], object] | None = None  # sees the network's outputs that have a graph
+        self.watch = False  # whether the first evaluation keeps its graph whatever the grad mode
 
     # -- the time alone ------------------------------------------------------------------------------------------------
 
@@ -104,17 +106,11 @@ class Flow:
         packet = packet.to(self.device, self.dtype)
         columns = iter(packet.unbind(1))
         nothing = (None,) * s
-
-        def cut(x: Tensor | None) -> Sequence[Tensor | None]:
-            return nothing if x is None else next(columns).unbind(0)
-
         return StageTimes(
             next(columns).unbind(0),
-            cut(c.scale),
-            cut(c.drive),
+            nothing if c.scale is None else next(columns).unbind(0),
+            nothing if c.drive is None else next(columns).unbind(0),
             nothing if c.q is None else packet[:, -2:].unbind(0),
-            cut(c.q),
-            cut(c.minus_gamma),
         )
 
     # -- the right-hand side -------------------------------------------------------------------------------------------
@@ -140,7 +136,7 @@ class Flow:
         t = at.t[i]
         time = t.detach().requires_grad_() if self.time_grads else None
         with torch.enable_grad():
-            u = self._again(t if time is None else time, *leaves)
+            u = self._field(t if time is None else time, *leaves)
         flat = u.detach().reshape(-1)
         if self._gates is None:
             out.flat.copy_(flat)
@@ -175,7 +171,7 @@ class Flow:
         g = momentum.field_cotangent(gated, system.sign, drive)
         through, through_time, grads = self._through_field(lin, g, params)
         v = through[0]
-        momentum.pullback(c, of_m, v, scale, at.q[i], at.minus_gamma[i], out)
+        momentum.pullback(c, of_m, v, scale, at.linear[i], out)
         if system.sees_momentum and through[1] is not None:
             out.parts[1].add_(through[1])
         found = Cotangents(grads, through_time)
@@ -196,7 +192,12 @@ class Flow:
         return (h, m.view(self.shape)) if self.system.sees_momentum else (h,)
 
     def _field(self, t: Tensor, *features: Tensor) -> Tensor:
-        u = self.system.field(t, *features)
+        if self._autocast is not None:
+            # Without its cache: that may hold weights cast in the forward pass, without their graph.
+            with torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False):
+                u = self._call(t, *features)
+        else:
+            u = self.system.field(t, *features) if self.evaluations else self._call(t, *features)
         self.evaluations += 1
         if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
             u = self._checked(u)
@@ -204,12 +205,19 @@ class Flow:
             self.on_output(u)
         return u
 
-    def _again(self, t: Tensor, *features: Tensor) -> Tensor:
-        """The network in the backward pass, under the autocast of the forward pass."""
-        if torch.is_autocast_enabled(self.device.type) == self._autocast:
-            return self._field(t, *features)
-        with torch.autocast(self.device.type, enabled=self._autocast):
-            return self._field(t, *features)
+    def _call(self, t: Tensor, *features: Tensor) -> Tensor:
+        """The network, looked at the first time for what would be wrong every time."""
+        if self.evaluations:
+            return self.system.field(t, *features)
+        versions = [None if x.is_inference() else x._version for x in features]
+        with torch.set_grad_enabled(self.watch or torch.is_grad_enabled()):
+            u = self._call(t, *features)
+        if versions != [None if x.is_inference() else x._version for x in features]:
+            raise RuntimeError(
+                f"field {_name(self.system.field)} changes its input in place, and that is the solver's state; "
+                "use inplace=False, or clone the input first"
+            )
+        return u
 
     def _checked(self, u: Any) -> Tensor:
         """Raise for what a field must not return; accept a tensor subclass, and autocast's narrower dtype."""
@@ -221,7 +229,7 @@ class Flow:
         if u.device != self.device:
             raise ValueError(f"field {name} returned a tensor on {u.device}, h is on {self.device}; move the field there")
         if u.dtype != self.dtype:
-            if not (self._autocast and u.is_floating_point()):
+            if not (self._autocast is not None and u.is_floating_point()):
                 raise ValueError(
                     f"field {name} returned {u.dtype} for h of {self.dtype}; convert the field or the input, "
                     f"for example with .to({self.dtype})"

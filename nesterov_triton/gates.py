@@ -156,7 +156,10 @@ class Elementwise(Gate):
     from_value = False
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        version = None if x.is_inference() else x._version
         y = self.function(x)
+        if version is not None and x._version != version:
+            raise ValueError(f"gate must not change its argument: {self.function!r} works in place; pass inplace=False")
         if y.shape != x.shape or y.dtype != x.dtype:
             raise ValueError(
                 f"gate must be elementwise: {self.function!r} turned {tuple(x.shape)} {x.dtype} into "
@@ -165,12 +168,14 @@ class Elementwise(Gate):
         return y if out is None else out.copy_(y)
 
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        # Of times the result is differentiated once more, where a layer returns the velocity.
+        again = torch.is_grad_enabled() and (x.requires_grad or grad.requires_grad)
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
+            leaf = x if again and x.requires_grad else x.detach().requires_grad_()
             value = self.function(leaf)
         if not value.requires_grad:  # a constant function
             return torch.zeros_like(grad)
-        return torch.autograd.grad(value, leaf, grad)[0]
+        return torch.autograd.grad(value, leaf, grad, create_graph=again)[0]
 
 
 GateLike: TypeAlias = str | Gate | Callable[[Tensor], Tensor]

@@ -70,7 +70,7 @@ class Layer(nn.Module):
         )
         checked = check_times(system, t)
         # Times without gradient are kept as numbers: a buffer would follow .half() and lose them.
-        self.t: Times = t if isinstance(t, Tensor) and t.requires_grad else tuple(checked.tolist())
+        self.t: Times = t if checked.requires_grad else tuple(checked.tolist())
         self.stats = Stats()
 
     @property
@@ -183,6 +183,8 @@ class MomentumLayer(Layer):
         velocity = None
         if self.initial_velocity is not None:
             velocity = self.initial_velocity(h)
+            if isinstance(velocity, Tensor) and torch.is_autocast_enabled(h.device.type):
+                velocity = velocity.to(h.dtype)  # autocast's is narrower
             if not isinstance(velocity, Tensor) or velocity.shape != h.shape or velocity.dtype != h.dtype:
                 got = f"{tuple(velocity.shape)} {velocity.dtype}" if isinstance(velocity, Tensor) else type(velocity).__name__
                 raise ValueError(f"initial_velocity returned {got} for h of {tuple(h.shape)} {h.dtype}; return h's shape and dtype")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gradients, tableaus
 from nesterov_triton.flow import as_system, trainable
+from nesterov_triton.gradients.common import refuse_gradients
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
@@ -50,15 +51,15 @@ class Solution:
     @property
     def ys(self) -> State:
         """The states stacked over the times: [n, *shape], or a pair of such, (xs, ms), for a momentum system."""
-        stacked = torch.stack(self.states)
-        rows = tuple(r.view(len(self.states), *self.shape) for r in stacked.view(len(stacked), self.rows, -1).unbind(1))
-        return rows[0] if len(rows) == 1 else (rows[0], rows[1])
+        stacked = torch.stack(self.states).view(len(self.states), self.rows, *self.shape)
+        return stacked[:, 0] if self.rows == 1 else (stacked[:, 0], stacked[:, 1])
 
     @property
     def final(self) -> State:
         """The state at the last time: a tensor of h's shape, or a pair (x, m) of such."""
-        rows = tuple(r.view(self.shape) for r in self.states[-1].view(self.rows, -1).unbind(0))
-        return rows[0] if len(rows) == 1 else (rows[0], rows[1])
+        # Indexed, not unbound: autograd lets nobody change one of several views of unbind in place.
+        last = self.states[-1].view(self.rows, *self.shape)
+        return last[0] if self.rows == 1 else (last[0], last[1])
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,15 @@ def run(
     throw: bool = True,
 ) -> Solution:
     """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from `check_times`."""
+    if isinstance(cast(object, params), Tensor):
+        raise TypeError("params must be a sequence of tensors, got one tensor; pass params=[tensor]")
+    params = tuple(params)  # an iterator, as of Module.parameters(), can be read once only
     for i, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.stack(tuple(state)).view(-1) if isinstance(state, tuple | list) else state.reshape(-1)
     stats = Stats()
+    kind = h.device.type
     problem = Problem(
         system=system,
         shape=h.shape,
@@ -192,13 +197,16 @@ def run(
         tolerance=_for_state(settings, system.rows, h) if settings.tableau.adaptive else None,
         options=settings.options,
         stats=stats,
+        autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
     )
     try:
-        if problem.differentiable():
-            later = settings.gradient.solve(problem)
-        else:
-            with torch.no_grad():
-                later = forward(problem, problem.flow())
+        with problem.without_autocast():
+            # Only autograd itself knows what a closure needs gradients of.
+            plain = isinstance(settings.gradient, gradients.Backprop) and torch.is_grad_enabled()
+            if plain or problem.differentiable():
+                later = settings.gradient.solve(problem)
+            else:
+                later = _solve_without_gradient(problem)
         return Solution(times.detach(), (z, *later), h.shape, system.rows, stats, Status.SUCCESS, Status.SUCCESS.value)
     except SolveError as e:
         if throw:
@@ -207,6 +215,17 @@ def run(
         missing = torch.full_like(reached[0], math.nan)
         states = (*reached, *(missing for _ in range(len(times) - len(reached))))
         return Solution(times.detach(), states, h.shape, system.rows, stats, e.status, str(e))
+
+
+def _solve_without_gradient(problem: Problem) -> list[Tensor]:
+    """The states, where nothing known needs a gradient. If the field does all the same, a backward pass will raise."""
+    flow = problem.flow()
+    graphs: list[Tensor] = []
+    if torch.is_grad_enabled():
+        flow.watch, flow.on_output = True, graphs.append
+    with torch.no_grad():
+        states = forward(problem, flow)
+    return refuse_gradients(states, graphs[0]) if graphs else states
 
 
 def check_state(system: System, state: object) -> Tensor:
@@ -263,10 +282,13 @@ def check_times(system: System, t: object) -> Tensor:
         times = t.to("cpu", torch.float64)
     else:
         try:
-            values = [float(x) for x in t]  # type: ignore[attr-defined]
-        except (TypeError, ValueError):
+            each = list(t)  # type: ignore[call-overload]
+            if any(isinstance(x, Tensor) for x in each):  # float() would lose their gradients
+                times = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu").view(()) for x in each])
+            else:
+                times = torch.tensor([float(x) for x in each], dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"t must be a sequence or tensor of times, got {t!r}") from None
-        times = torch.tensor(values, dtype=torch.float64)
     values = times.tolist()
     if len(values) < 2:
         raise ValueError(f"t must hold at least two times, the first and the last, got {len(values)}")

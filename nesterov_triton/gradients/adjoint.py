@@ -100,7 +100,8 @@ class _Adjoint(torch.autograd.Function):
         flow = problem.flow(scalars)
         flow.coefficient_grads = any(needs[2 : 2 + n])
         try:
-            adjoint, of_times, totals = _solve_back(problem, flow, ctx.strategy, states, cotangents, needs[1])
+            with problem.without_autocast():
+                adjoint, of_times, totals = _solve_back(problem, flow, ctx.strategy, states, cotangents, needs[1])
         finally:
             problem.stats.nfe_backward += flow.evaluations
         return None, None, None, adjoint, of_times, *totals.scalars.values(), *totals.params

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nesterov_triton import gates
 from nesterov_triton.flow import Flow, Linearisation, unseen_leaves
+from nesterov_triton.systems import Momentum
 
 
 def check_leaves(flow: Flow, lin: Linearisation) -> None:
@@ -14,9 +22,45 @@ def check_leaves(flow: Flow, lin: Linearisation) -> None:
     seen = (*lin.leaves, *flow.params) if lin.time is None else (*lin.leaves, lin.time, *flow.params)
     unseen = unseen_leaves(lin.u, seen)
     if unseen:
-        shapes = ", ".join(str(tuple(x.shape)) for x in unseen)
+        raise RuntimeError(_lost(unseen))
+    if isinstance(flow.system, Momentum):
+        for gate in (flow.system.gate_x, flow.system.gate_f):
+            if isinstance(gate, gates.Elementwise):
+                _check_gate(gate, flow)
+
+
+def refuse_gradients(states: Sequence[Tensor], u: Tensor) -> list[Tensor]:
+    """The states, such that a backward pass through them raises: the field's output `u` has a graph that they lack."""
+    anchor = torch.zeros((), requires_grad=True)
+    return list(_Refuse.apply(_lost(unseen_leaves(u, ())), anchor, *states))  # type: ignore[no-untyped-call]
+
+
+def _check_gate(gate: gates.Elementwise, flow: Flow) -> None:
+    with torch.enable_grad():
+        x = torch.zeros(1, dtype=flow.dtype, device=flow.device, requires_grad=True)
+        unseen = unseen_leaves(gate.function(x), (x,))
+    if unseen:
         raise RuntimeError(
-            f"the field uses {len(unseen)} tensor(s) that need gradients and are neither its parameters nor in params "
-            f"(shapes {shapes}): they would get no gradient. Pass them (or the tensor made from them) in params=, or use "
-            "gradient='backprop'"
+            f"the gate uses {len(unseen)} tensor(s) that need gradients: they would get no gradient. Use "
+            "gradient='backprop', or detach them"
         )
+
+
+def _lost(unseen: Sequence[Tensor]) -> str:
+    shapes = ", ".join(str(tuple(x.shape)) for x in unseen)
+    return (
+        f"the field uses {len(unseen)} tensor(s) that need gradients and are neither its parameters nor in params "
+        f"(shapes {shapes}): they would get no gradient. Pass them (or the tensor made from them) in params=, or use "
+        "gradient='backprop'"
+    )
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, message: str, anchor: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
+        return tuple(s.clone() for s in states)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(ctx.message)

@@ -25,7 +25,7 @@ from nesterov_triton.gradients.common import check_leaves
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
-from nesterov_triton.stepping.explicit_rk import DenseOutput, stage_times
+from nesterov_triton.stepping.explicit_rk import dense_output, stage_times
 from nesterov_triton.stepping.loop import AcceptedStep
 from nesterov_triton.tableaus import Tableau
 
@@ -72,9 +72,10 @@ class _Discrete(torch.autograd.Function):
         sweep = ReverseSweep(problem.tableau, flow, problem.times.tolist())
         adjoint = torch.zeros_like(problem.z)
         try:
-            for (t, t1, outputs), z in zip(reversed(ctx.spans), reversed(starts), strict=True):
-                wanted = [(k, cotangents[k - 1]) for k in outputs]
-                adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
+            with problem.without_autocast():
+                for (t, t1, outputs), z in zip(reversed(ctx.spans), reversed(starts), strict=True):
+                    wanted = [(k, cotangents[k - 1]) for k in outputs]
+                    adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
         finally:
             problem.stats.nfe_backward += flow.evaluations
         totals = sweep.totals
@@ -99,7 +100,7 @@ class ReverseSweep:
         self.flow, self.requested = flow, times
         self.totals = Totals(flow)
         self.times = torch.zeros(len(times), dtype=torch.float64)
-        self._dense = DenseOutput(tableau)
+        self._dense = dense_output(tableau)
         # A last stage without weight (FSAL) is evaluated for the error only: nothing to differentiate.
         self._plain = _Transpose(tableau, tableau.stages - (tableau.b[-1] == 0), flow)
         self._full = _Transpose(tableau, self._dense.stages, flow)
@@ -114,9 +115,11 @@ class ReverseSweep:
             outputs: (index of the requested time in (t, t1], cotangent [D]).
         """
         flow, dt = self.flow, t1 - t
-        inside = [(k, g) for k, g in outputs if self.requested[k] != t1]
+        # A requested time at the end of a step, the last one apart, moves inside the step all the same.
+        last = len(self.requested) - 1
+        inside = [(k, g) for k, g in outputs if self.requested[k] != t1 or (flow.time_grads and k != last)]
         for k, g in outputs:
-            if self.requested[k] == t1:
+            if all(k != other for other, _ in inside):
                 adjoint = adjoint + g
         transpose = self._full if inside else self._plain
         s = transpose.stages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ class Problem:
         params: further tensors that gradients are wanted of.
         tolerance: None for fixed steps.
         stats: counted on while the solve runs.
+        autocast: the dtype of the autocast that the network runs under, forward and backward; None for none.
     """
 
     system: System
@@ -41,11 +43,17 @@ class Problem:
     tolerance: Tolerance | None
     options: LoopOptions
     stats: Stats
+    autocast: torch.dtype | None = None
 
     def flow(self, scalars: Sequence[Tensor] | None = None) -> Flow:
         """The system bound to this solve, on other values of the scalars if given."""
         values = self.scalars if scalars is None else dict(zip(self.scalars, scalars, strict=True))
-        return Flow(self.system, self.shape, self.z.dtype, self.z.device, values, self.params)
+        return Flow(self.system, self.shape, self.z.dtype, self.z.device, values, self.params, self.autocast)
+
+    def without_autocast(self) -> AbstractContextManager[object]:
+        """A context for the solver's own arithmetic, which keeps the state's dtype."""
+        kind = self.z.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def differentiable(self) -> bool:
         """Whether anything needs a gradient here and now."""

@@ -7,6 +7,7 @@ arithmetic is the same and gives the same bits.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,18 +87,19 @@ class Table:
         """The same rows of another matrix."""
         return Table(self.tableau, matrix)
 
-    @classmethod
-    def of(cls, tableau: Tableau, like: Tensor) -> Table:
-        """The method's own numbers, in the dtype and on the device of `like`."""
-        rows = table_rows(tableau)
-        width = max(map(len, rows))
-        padded = [[*row, *(0.0,) * (width - len(row))] for row in rows]
-        return cls(tableau, torch.tensor(padded, dtype=torch.float64).to(like.device, like.dtype))
-
 
 def table_rows(tableau: Tableau) -> list[tuple[float, ...]]:
     """The rows of `Table`."""
     return [*tableau.a, tableau.b, *tableau.error, *tableau.extra_a]
+
+
+@functools.lru_cache(maxsize=64)
+def table(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Table:
+    """The method's own numbers; made once, and never written to."""
+    rows = table_rows(tableau)
+    width = max(map(len, rows))
+    padded = [[*row, *(0.0,) * (width - len(row))] for row in rows]
+    return Table(tableau, torch.tensor(padded, dtype=torch.float64).to(device, dtype))
 
 
 class Stages(Protocol):
@@ -206,10 +208,10 @@ class ExplicitRK:
         axis: TimeAxis | None = None,
     ) -> None:
         self.tableau, self.dynamics, self.tolerance, self.axis = tableau, dynamics, tolerance, axis
-        self.dense = DenseOutput(tableau)
+        self.dense = dense_output(tableau)
         count = self.dense.stages if dense else tableau.stages
         self.stages: Stages = StageList() if differentiable else StageBuffer(max(count, 2), rows, like)
-        self._table = self._scaled = Table.of(tableau, like)
+        self._table = self._scaled = table(tableau, like.dtype, like.device)
         self._errors: Tensor | None = None
         self._magnitudes: tuple[Tensor, Tensor] | None = None  # |z| of the state to go on from, and of the next
         self._has_first = False
@@ -339,3 +341,9 @@ class DenseOutput:
     def slopes(self, theta: float) -> Tensor:
         """db_i/dθ, [stages] float64 on the CPU."""
         return self._polynomials @ (self._powers * theta ** (self._powers - 1))
+
+
+@functools.lru_cache(maxsize=64)
+def dense_output(tableau: Tableau) -> DenseOutput:
+    """The method's interpolant, made once."""
+    return DenseOutput(tableau)

@@ -185,7 +185,13 @@ def _emit(
     """Append the states at the requested times that the step from t to t1 has reached; return their indices."""
     first = k = len(reached) + 1
     while k < len(times) and (times[k] - t1) * (t1 - t) <= 0:
-        reached.append(z1 if times[k] == t1 else stepper.interpolate(t, t1, z, times[k], k))
+        if times[k] != t1:
+            reached.append(stepper.interpolate(t, t1, z, times[k], k))
+        elif stepper.axis is None or k == len(times) - 1:
+            reached.append(z1)
+        else:  # the value is that of the step's end, but its time moves by itself
+            inside = stepper.interpolate(t, t1, z, t1, k)
+            reached.append(z1.detach() + (inside - inside.detach()))
         k += 1
     return tuple(range(first, k))
 

@@ -104,8 +104,7 @@ def pullback(
     through_gate: Tensor,
     through_field: Tensor | None,
     scale: Tensor | None,
-    q: Tensor | None,
-    minus_gamma: Tensor | None,
+    linear: Tensor | None,
     out: Row,
 ) -> None:
     """Transpose of the right-hand side's derivative: (κ v + q c_m, σ_x'(m) c_x - γ c_m) into `out`.
@@ -115,7 +114,7 @@ def pullback(
         through_gate: σ_x'(m) c_x.
         through_field: v, the cotangent of h that came back through the field; None where f does not depend on h.
         scale: κ, 0-d; None for 1.
-        q, minus_gamma: 0-d, both None where both are 0.
+        linear: (q, -γ), [2]; None where both are 0.
     """
     c_m = c.parts[1]
     of_x, of_m = out.parts
@@ -125,8 +124,9 @@ def pullback(
         of_x.copy_(through_field)
     else:
         torch.mul(through_field, scale, out=of_x)
-    if q is None or minus_gamma is None:
+    if linear is None:
         of_m.copy_(through_gate)
     else:
+        q, minus_gamma = linear.unbind(0)
         of_x.addcmul_(c_m, q)
         torch.addcmul(through_gate, c_m, minus_gamma, out=of_m)

@@ -28,8 +28,11 @@ def scaled_squares(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Ten
         size: max(\\|z_n\\|, \\|z_{n+1}\\|), [D], overwritten.
         rtol, atol: numbers, or tensors that broadcast with [D].
     """
-    rtol, atol = (constant(x, size.dtype) if isinstance(x, float) else x for x in (rtol, atol))
-    errors.div_(size.mul_(rtol).add_(atol))
+    if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
+        scale = size.mul_(rtol).add_(atol)
+    else:
+        scale = torch.add(constant(atol, size.dtype), size, alpha=rtol, out=size)
+    errors.div_(scale)
     if errors.dtype in (torch.float16, torch.bfloat16):
         errors = errors.float()
     if len(errors) == 1:  # half the time of a norm along a dimension
