@@ -195,9 +195,9 @@ class Flow:
         if self._autocast is not None:
             # Without its cache: that may hold weights cast in the forward pass, without their graph.
             with torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False):
-                u = self._call(t, *features)
+                u = self._call(t, *features) if self.evaluations else self._first(t, *features)
         else:
-            u = self.system.field(t, *features) if self.evaluations else self._call(t, *features)
+            u = self._call(t, *features) if self.evaluations else self._first(t, *features)
         self.evaluations += 1
         if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
             u = self._checked(u)
@@ -205,10 +205,8 @@ class Flow:
             self.on_output(u)
         return u
 
-    def _call(self, t: Tensor, *features: Tensor) -> Tensor:
-        """The network, looked at the first time for what would be wrong every time."""
-        if self.evaluations:
-            return self.system.field(t, *features)
+    def _first(self, t: Tensor, *features: Tensor) -> Tensor:
+        """The first evaluation, looked at for what would be wrong every time."""
         versions = [None if x.is_inference() else x._version for x in features]
         with torch.set_grad_enabled(self.watch or torch.is_grad_enabled()):
             u = self._call(t, *features)
