@@ -269,9 +269,11 @@ class Totals:
             weight = 1.0 if weights is None else weights[i]
             if weight == 0.0 or not stage.params:
                 continue
-            have = [(p, g) for p, g in zip(self.params, stage.params, strict=True) if g is not None]
-            if have:
-                sums, grads = zip(*have, strict=True)
+            sums, grads = self.params, stage.params
+            if any(g is None for g in grads):
+                have = [(p, g) for p, g in zip(sums, grads, strict=True) if g is not None]
+                sums, grads = [p for p, _ in have], [g for _, g in have]
+            if grads:
                 torch._foreach_add_(sums, grads, alpha=weight)
 
     def add_coefficients(
@@ -279,8 +281,17 @@ class Totals:
     ) -> Tensor | None:
         """Pull the stages' coefficient cotangents back to the scalars; return those of `times` if they are wanted, [s]."""
         flow = self.flow
-        if not flow.coefficient_grads:
+        if not flow.coefficient_grads and not flow.time_grads:
             return None
+        of_times = self._pull(times, stages, weights)
+        if of_times is not None:
+            for i, stage in enumerate(stages):
+                if stage.time is not None:
+                    of_times[i] += stage.time.to(of_times)
+        return of_times
+
+    def _pull(self, times: Tensor, stages: Sequence[Cotangents], weights: Sequence[float] | None) -> Tensor | None:
+        flow = self.flow
         leaf = times.detach().requires_grad_(flow.time_grads)
         with torch.enable_grad():
             # The scalars here are leaves of this solve: what leads to them is the caller's graph.

@@ -12,6 +12,7 @@ state an accepted step, and one step's graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,18 +98,14 @@ class ReverseSweep:
     """
 
     def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float]) -> None:
-        self.flow, self.requested = flow, times
+        self.tableau, self.flow, self.requested = tableau, flow, times
         self.totals = Totals(flow)
         self.times = torch.zeros(len(times), dtype=torch.float64)
         self._dense = dense_output(tableau)
-        # A last stage without weight (FSAL) is evaluated for the error only: nothing to differentiate.
-        self._plain = _Transpose(tableau, tableau.stages - (tableau.b[-1] == 0), flow)
-        self._full = _Transpose(tableau, self._dense.stages, flow)
+        self._transpose: _Transpose | None = None
         self._checked = False
 
-    def step(
-        self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]
-    ) -> Tensor:
+    def step(self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> Tensor:
         """The cotangent of the state `z` at t, [D], from that of the state at t1 and those of requested states.
 
         Args:
@@ -116,54 +113,57 @@ class ReverseSweep:
         """
         flow, dt = self.flow, t1 - t
         # A requested time at the end of a step, the last one apart, moves inside the step all the same.
-        last = len(self.requested) - 1
-        inside = [(k, g) for k, g in outputs if self.requested[k] != t1 or (flow.time_grads and k != last)]
-        for k, g in outputs:
-            if all(k != other for other, _ in inside):
-                adjoint = adjoint + g
-        transpose = self._full if inside else self._plain
-        s = transpose.stages
-        times = stage_times(t, t1, transpose.nodes)
+        moves = range(len(self.requested) - 1) if flow.time_grads else ()
+        inside = [(k, g) for k, g in outputs if self.requested[k] != t1 or k in moves]
+        thetas = [(self.requested[k] - t) / dt for k, _ in inside]
+        step = self._buffers(len(inside), z)
+        step.scale(dt, [self._dense.weights(theta) for theta in thetas])
+        times = stage_times(t, t1, step.nodes)
         at = flow.at(times)
-        buffers = transpose.buffers(z, len(inside))
-        forward_weights, backward_weights = transpose.weights(dt, z)
 
         # Forward again, with the network's graph at every stage.
-        lins: list[Linearisation] = []
-        for i in range(s):
-            stage = z if i == 0 else runge_kutta.combine(z, buffers.slope_columns[i], forward_weights[i, :i])
-            lins.append(flow.linearise(at, i, stage, buffers.slope_rows[i], buffers.value_rows[i]))
+        lins: list[Linearisation | None] = []
+        for i in range(step.stages):
+            stage = z if i == 0 else runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i])
+            lin = flow.linearise(at, i, stage, step.slopes[i], step.values[i])
             if not self._checked:
-                check_leaves(flow, lins[0])
+                check_leaves(flow, lin)
                 self._checked = True
+            lins.append(lin)
 
-        # Rows of `cotangents`: those of the stages' states, then λ, then those of the states inside the step.
-        buffers.cotangents[s].copy_(adjoint)
-        thetas = [(self.requested[k] - t) / dt for k, _ in inside]
+        # And back.
+        s = step.stages
+        step.cotangents[s].flat.copy_(adjoint)
+        for k, g in outputs:
+            if self.requested[k] == t1 and k not in moves:
+                step.cotangents[s].flat.add_(g)
         for j, (_, g) in enumerate(inside):
-            buffers.cotangents[s + 1 + j].copy_(g)
-        if inside:
-            extra = torch.stack([self._dense.weights(theta) * dt for theta in thetas], dim=1).to(backward_weights)
-            backward_weights = torch.cat((backward_weights, extra), dim=1)
-        found: list[Cotangents] = [Cotangents(())] * s
-        moments: list[Tensor] = []
+            step.cotangents[s + 1 + j].flat.copy_(g)
+        found: list[Cotangents] = []
+        moments = 0.0
         for i in reversed(range(s)):
-            of_slope = torch.mv(buffers.later_columns[i], backward_weights[i, i + 1 :])
+            of_slope = torch.mv(step.later_cotangents[i], step.backward[i])
             if flow.time_grads:
-                moments.append(torch.dot(of_slope, buffers.slopes[i]))
-            found[i] = flow.pullback(at, i, lins[i], Row.of(of_slope, flow.rows), buffers.cotangent_rows[i])
-            lins[i] = None  # type: ignore[call-overload]  # frees the stage's graph
+                moments += float(torch.dot(of_slope, step.all_slopes[i]))
+            lin, lins[i] = lins[i], None  # the stage's graph goes with it
+            assert lin is not None
+            found.append(flow.pullback(at, i, lin, Row.of(of_slope, flow.rows), step.cotangents[i]))
+        found.reverse()
         self.totals.add_params(found)
         of_times = self.totals.add_coefficients(times, found)
         if of_times is not None:
-            for i, c in enumerate(found):
-                if c.time is not None:
-                    of_times[i] += c.time.to(of_times)
-            of_dt = float(sum(moments)) / dt + float(of_times @ torch.tensor(transpose.nodes, dtype=torch.float64))
-            self._add_times(t1, of_times, of_dt, dt, inside, thetas, buffers.slopes)
-        elif flow.time_grads:
-            raise AssertionError("time cotangents were asked for and not computed")
-        return buffers.cotangents.sum(0)
+            of_dt = moments / dt + float(of_times @ torch.tensor(step.nodes, dtype=torch.float64))
+            self._add_times(t1, of_times, of_dt, dt, inside, thetas, step.all_slopes)
+        return step.all_cotangents.sum(0)
+
+    def _buffers(self, inside: int, like: Tensor) -> _Transpose:
+        """Tables and buffers for a step with so many requested times inside; kept for the next step like it."""
+        # A last stage without weight (FSAL) is evaluated for the error only: nothing to differentiate.
+        stages = self._dense.stages if inside else self.tableau.stages - (self.tableau.b[-1] == 0)
+        held = self._transpose
+        if held is None or len(held.cotangents) != stages + 1 + inside or held.stages != stages:
+            held = self._transpose = _Transpose(self.tableau, stages, inside, self.flow.rows, like)
+        return held
 
     def _add_times(
         self,
@@ -191,34 +191,50 @@ class ReverseSweep:
 
 
 class _Transpose:
-    """A tableau's rows for going forward again, its columns for going back, and the buffers for one step."""
+    """A tableau's rows for going forward again and its columns for going back, times dt, and the buffers of one step.
 
-    def __init__(self, tableau: Tableau, stages: int, flow: Flow) -> None:
-        self.stages, self._rows = stages, flow.rows
-        self.nodes = (*tableau.c, *tableau.extra_c)[:stages]
-        rows = [list(row) for row in (*tableau.a, *tableau.extra_a)][:stages]
-        b = [*tableau.b, *(0.0 for _ in tableau.extra_c)][:stages]
-        square = torch.tensor([row + [0.0] * (stages - len(row)) for row in rows], dtype=torch.float64)
-        b_column = torch.tensor(b, dtype=torch.float64).unsqueeze(1)
-        self._forward = square.to(flow.device, flow.dtype)
-        self._backward = torch.cat((square.t(), b_column), dim=1).contiguous().to(flow.device, flow.dtype)
-        self._buffers: dict[int, _Buffers] = {}
+    Attributes:
+        stages: how many stages are evaluated.
+        nodes: their c_i.
+        forward: dt a_ij for j < i, a row a stage.
+        backward: dt (a_ji for j > i, b_i, and the weights of the states inside the step), a row a stage.
+        slopes, values, cotangents: rows for the stages' k_i, for their gates' values, and for the cotangents of the
+            stages' states, of the new state λ, and of the states inside the step, in this order.
+    """
 
-    def weights(self, dt: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """dt a_ij, [s, s], and dt (a_ji | b_i), [s, s + 1]."""
-        return self._forward * dt, self._backward * dt
+    def __init__(self, tableau: Tableau, stages: int, inside: int, rows: int, like: Tensor) -> None:
+        self.stages = s = stages
+        self.nodes = (*tableau.c, *tableau.extra_c)[:s]
+        self._square, self._b = _tables(tableau, s, like.dtype, like.device)
+        weights = like.new_zeros((s, s))
+        back = like.new_zeros((s, s + 1 + inside))
+        self._weights, self._back = weights, back
+        self.forward = [weights[i, :i] for i in range(s)]
+        self.backward = [back[i, i + 1 :] for i in range(s)]
+        slopes, self.slopes = empty_rows(s, rows, like)
+        _, self.values = empty_rows(s, rows, like)
+        cotangents, self.cotangents = empty_rows(s + 1 + inside, rows, like)
+        self.all_slopes, self.all_cotangents = slopes, cotangents
+        self.earlier_slopes = [slopes[:i].t() for i in range(s)]
+        self.later_cotangents = [cotangents[i + 1 :].t() for i in range(s)]
 
-    def buffers(self, like: Tensor, inside: int) -> _Buffers:
-        """Buffers for a step with so many requested times inside; kept for the next step like it."""
-        if inside not in self._buffers:
-            self._buffers = {inside: _Buffers(self.stages, inside, self._rows, like)}
-        return self._buffers[inside]
+    def scale(self, dt: float, inside: Sequence[Tensor]) -> None:
+        """Set the weights for a step size and the interpolation weights, [stages] each, of the states inside."""
+        s = self.stages
+        torch.mul(self._square, dt, out=self._weights)
+        self._back[:, :s].copy_(self._weights.t())
+        torch.mul(self._b, dt, out=self._back[:, s])
+        for j, weights in enumerate(inside):
+            self._back[:, s + 1 + j].copy_(weights * dt)
 
 
-class _Buffers:
-    def __init__(self, stages: int, inside: int, rows: int, like: Tensor) -> None:
-        self.slopes, self.slope_rows = empty_rows(stages, rows, like)
-        _, self.value_rows = empty_rows(stages, rows, like)
-        self.cotangents, self.cotangent_rows = empty_rows(stages + 1 + inside, rows, like)
-        self.slope_columns = [self.slopes[:i].t() for i in range(stages + 1)]
-        self.later_columns = [self.cotangents[i + 1 :].t() for i in range(stages)]
+@functools.lru_cache(maxsize=64)
+def _tables(tableau: Tableau, stages: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """a, [s, s], and b, [s], of the first stages; made once, and never written to."""
+    rows = [*tableau.a, *tableau.extra_a][:stages]
+    square = [[*row, *(0.0,) * (stages - len(row))] for row in rows]
+    b = [*tableau.b, *(0.0 for _ in tableau.extra_c)][:stages]
+    return (
+        torch.tensor(square, dtype=torch.float64).to(device, dtype),
+        torch.tensor(b, dtype=torch.float64).to(device, dtype),
+    )

@@ -20,10 +20,12 @@ def initial_step(stepper: ExplicitRK, t: float, end: float, z: Tensor) -> float:
     first = stepper.first_derivative(t, z)  # part of the solution, so outside no_grad
     with torch.no_grad():
         d0, d1 = _norms(stepper, torch.stack((z, first)), z)
-        if not math.isfinite(d0) or not math.isfinite(d1):
+        known = math.isfinite(d0) and math.isfinite(d1)
+        # Without an absolute tolerance a slope away from 0 is infinitely large, and no reason to give up.
+        if not known and not bool(torch.isfinite(first).all()):
             return math.nan
         span = abs(end - t)
-        h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span)
+        h0 = min(1e-6 if not known or d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span)
         signed = math.copysign(h0, end - t)
         second = stepper.probe(t + signed if h0 < span else end, torch.add(z, first, alpha=signed))
         (d2,) = _norms(stepper, (second - first).unsqueeze(0), z)

@@ -28,13 +28,15 @@ def scaled_squares(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Ten
         size: max(\\|z_n\\|, \\|z_{n+1}\\|), [D], overwritten.
         rtol, atol: numbers, or tensors that broadcast with [D].
     """
+    if errors.dtype in (torch.float16, torch.bfloat16):  # before the division: 2 / 1e-5 is infinite in float16
+        errors, size = errors.float(), size.float()
     if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
         scale = size.mul_(rtol).add_(atol)
     else:
         scale = torch.add(constant(atol, size.dtype), size, alpha=rtol, out=size)
+    if isinstance(atol, float) and atol == 0:
+        scale.clamp_min_(torch.finfo(scale.dtype).tiny)  # 0 / 0 is no error
     errors.div_(scale)
-    if errors.dtype in (torch.float16, torch.bfloat16):
-        errors = errors.float()
     if len(errors) == 1:  # half the time of a norm along a dimension
         return torch.mv(errors, errors[0])
     return torch.linalg.vector_norm(errors, dim=1).square()
