@@ -136,7 +136,7 @@ def per_step(counts: Sequence[tuple[int, int, float]]) -> PerStep:
     # gelsd: the smallest solution where the solves do not tell rejected steps from set-up.
     split = torch.linalg.lstsq(design, table[:, 2:], driver="gelsd").solution
     residual = float((design @ split - table[:, 2:]).abs().max())
-    setup, accepted, rejected = (round(float(value), 9) for value in split[:, 0])
+    setup, accepted, rejected = (round(float(value), 9) + 0.0 for value in split[:, 0])  # + 0.0: no "-0"
     return PerStep(setup, accepted, rejected, residual)
 
 
