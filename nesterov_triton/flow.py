@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,15 @@ from torch import Tensor, nn
 from nesterov_triton.ops import momentum
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.systems import Coefficients, FirstOrder, Momentum, System
+
+
+class OpenState(NamedTuple):
+    """A flat state, [D], and the views of it that the right-hand side reads; a momentum system's has all of them."""
+
+    flat: Tensor
+    parts: Sequence[Tensor]  # its rows, [N] each
+    shaped: Sequence[Tensor]  # the same in h's shape
+    transposed: Tensor  # its rows as columns, [N, rows]
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,7 @@ class Linearisation:
     leaves: tuple[Tensor, ...]  # what the network was given: h, or (h, m)
     time: Tensor | None  # its 0-d time, where gradients with respect to times are wanted
     u: Tensor  # the network's output, with its graph, shape of h
-    state: Tensor  # [rows, N]
-    parts: Sequence[Tensor]  # its rows
+    state: OpenState
     slope: Row  # the right-hand side
     values: Row  # σ_x(m) and σ_f(u), where the gates have any
 
@@ -78,8 +86,9 @@ class Flow:
         self.scalars, self.params = scalars, params
         self.rows = system.rows
         self.evaluations = 0
+        self._values: tuple[float, ...] | None = None  # of damping and xi
         self._call = system.field  # past nn.Module's attribute lookup
-        self._gates = momentum.Gates(system.gate_x, system.gate_f) if isinstance(system, Momentum) else None
+        self._gates = momentum.Gates.of(system.gate_x, system.gate_f) if isinstance(system, Momentum) else None
         self._autocast = autocast
         self.coefficient_grads = False  # whether cotangents of the coefficients are wanted
         self.time_grads = False  # whether cotangents of the times are wanted
@@ -93,46 +102,80 @@ class Flow:
         system = self.system
         if not isinstance(system, Momentum):
             return Coefficients(None, None, None, None)
-        return system.coefficients(
-            times, self.scalars.get("damping", system._damping), self.scalars.get("xi", system._xi)
-        )
+        return system.coefficients(times, self.scalars.get("damping", system._damping), self.scalars.get("xi", system._xi))
 
-    def at(self, times: Tensor) -> StageTimes:
-        """Everything the right-hand side needs at `times`, [s] float64 on the CPU."""
-        s = times.shape[0]
-        c = self.coefficients(times)
-        # One packet, hence one cast and one transfer.
-        packet = torch.stack([x for x in (times, c.scale, c.drive, c.q, c.minus_gamma) if x is not None], dim=1)
+    def at(self, times: Sequence[float] | Tensor) -> StageTimes:
+        """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
+        numbers = times.detach().tolist() if isinstance(times, Tensor) else times
+        packet = torch.tensor([self._numbers_at(t) for t in numbers], dtype=torch.float64)
+        if torch.is_grad_enabled():
+            # The same numbers to the bit, plus a zero that carries the graph.
+            graph = times if isinstance(times, Tensor) else packet[:, 0]
+            c = self.coefficients(graph)
+            columns = torch.stack([x for x in (graph, c.scale, c.drive, c.q, c.minus_gamma) if x is not None], dim=1)
+            packet = packet + (columns - columns.detach())
+        return self._cut(packet)
+
+    def _numbers_at(self, t: float) -> list[float]:
+        """One row of the packet. Plain numbers: seven scalars cost less than one operator on a tensor of seven."""
+        system = self.system
+        if not isinstance(system, Momentum):
+            return [t]
+        if self._values is None:
+            self._values = tuple(
+                float(self.scalars[name].detach()) if name in self.scalars else default
+                for name, default in (("damping", system._damping), ("xi", system._xi))
+            )
+        c = system.coefficients(t, *self._values)
+        return [float(x) for x in (t, c.scale, c.drive, c.q, c.minus_gamma) if x is not None]
+
+    def _cut(self, packet: Tensor) -> StageTimes:
+        """Cut [s, columns] into stages; one packet, hence one cast and one transfer."""
         packet = packet.to(self.device, self.dtype)
+        nothing = (None,) * packet.shape[0]
         columns = iter(packet.unbind(1))
-        nothing = (None,) * s
+        system = self.system
+        t = next(columns).unbind(0)
+        if not isinstance(system, Momentum):
+            return StageTimes(t, nothing, nothing, nothing)
         return StageTimes(
-            next(columns).unbind(0),
-            nothing if c.scale is None else next(columns).unbind(0),
-            nothing if c.drive is None else next(columns).unbind(0),
-            nothing if c.q is None else packet[:, -2:].unbind(0),
+            t,
+            next(columns).unbind(0) if system.nesterov else nothing,
+            next(columns).unbind(0) if system.exact else nothing,
+            packet[:, -2:].unbind(0) if system.damped or system.exact or system.residual else nothing,
         )
 
     # -- the right-hand side -------------------------------------------------------------------------------------------
 
-    def derivative(self, at: StageTimes, i: int, z: Tensor, out: Row | None = None) -> Sequence[Tensor]:
-        """The right-hand side at stage `i` and state `z`, [D], as parts of [N]; written into `out` if given."""
+    def open(self, z: Tensor) -> OpenState:
+        """A state, [D], and its views."""
         if self._gates is None:
-            u = self._field(at.t[i], z.view(self.shape)).reshape(-1)
+            return OpenState(z, (z,), (z.view(self.shape),), z)
+        shaped = z.view(2, *self.shape).unbind(0)
+        pair = z.view(2, -1)
+        return OpenState(z, pair.unbind(0), shaped, pair.t())
+
+    @property
+    def copies(self) -> bool:
+        """Whether the network gets tensors of its own, so that the state's memory may be used again after a stage."""
+        return isinstance(self.system, Momentum) and self.system.nesterov
+
+    def derivative(self, at: StageTimes, i: int, z: OpenState, out: Row | None = None) -> Sequence[Tensor]:
+        """The right-hand side at stage `i` and state `z`, as parts of [N]; written into `out` if given."""
+        u = self._field(at.t[i], *self._features(at.scale[i], z))
+        if self._gates is None:
+            u = u.reshape(-1)
             return (u,) if out is None else (out.flat.copy_(u),)
         system: Momentum = self.system  # type: ignore[assignment]
-        pair = z.view(2, -1)
-        x, m = pair.unbind(0)
-        u = self._field(at.t[i], *self._features(at.scale[i], x, m)).reshape(-1)
-        return momentum.derivative(m, u, pair, system.sign, at.drive[i], at.linear[i], self._gates, out)
+        return momentum.derivative(
+            z.parts[1], u.reshape(-1), z.transposed, system.sign, at.drive[i], at.linear[i], self._gates, out
+        )
 
-    def linearise(self, at: StageTimes, i: int, z: Tensor, out: Row, values: Row) -> Linearisation:
+    def linearise(self, at: StageTimes, i: int, z: OpenState, out: Row, values: Row) -> Linearisation:
         """As `derivative` into `out`, keeping the network's graph for `pullback`. `z`, `out` and `values`, a row for the
         gates' values, must stay as they are until then."""
-        pair = z.view(self.rows, -1)
-        parts = pair.unbind(0)
-        features = (z.view(self.shape),) if self._gates is None else self._features(at.scale[i], *parts)
-        leaves = tuple(f.requires_grad_() for f in features)
+        # Tensors of their own: a view that is marked as a leaf here must not be the state's.
+        leaves = tuple(f.detach().requires_grad_() for f in self._features(at.scale[i], z))
         t = at.t[i]
         time = t.detach().requires_grad_() if self.time_grads else None
         with torch.enable_grad():
@@ -143,9 +186,9 @@ class Flow:
         else:
             system: Momentum = self.system  # type: ignore[assignment]
             momentum.derivative(
-                parts[1], flat, pair, system.sign, at.drive[i], at.linear[i], self._gates, out, values
+                z.parts[1], flat, z.transposed, system.sign, at.drive[i], at.linear[i], self._gates, out, values
             )
-        return Linearisation(leaves, time, u, pair, parts, out, values)
+        return Linearisation(leaves, time, u, z, out, values)
 
     def pullback(
         self, at: StageTimes, i: int, lin: Linearisation, c: Row, out: Row, wrt_params: bool = True
@@ -167,7 +210,7 @@ class Flow:
         system: Momentum = self.system  # type: ignore[assignment]
         drive, scale = at.drive[i], at.scale[i]
         u = lin.u.detach().reshape(-1)
-        of_m, gated = momentum.gate_cotangents(c, lin.parts[1], u, lin.slope, lin.values, self._gates)
+        of_m, gated = momentum.gate_cotangents(c, lin.state.parts[1], u, lin.slope, lin.values, self._gates)
         g = momentum.field_cotangent(gated, system.sign, drive)
         through, through_time, grads = self._through_field(lin, g, params)
         v = through[0]
@@ -178,18 +221,19 @@ class Flow:
         if self.coefficient_grads:
             c_m = c.parts[1]
             if at.linear[i] is not None:
-                found.linear = torch.mv(lin.state, c_m)
+                found.linear = torch.mv(lin.state.transposed.t(), c_m)
             if scale is not None and v is not None:
-                found.scale = torch.dot(v, lin.parts[0])
+                found.scale = torch.dot(v, lin.state.parts[0])
             if drive is not None:
                 found.drive = torch.dot(c_m, self._gates.f(u))
         return found
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
-    def _features(self, scale: Tensor | None, x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-        h = (x if scale is None else x * scale).view(self.shape)
-        return (h, m.view(self.shape)) if self.system.sees_momentum else (h,)
+    def _features(self, scale: Tensor | None, z: OpenState) -> Sequence[Tensor]:
+        if scale is not None:
+            return (z.shaped[0] * scale,)
+        return z.shaped if self.system.sees_momentum else z.shaped[:1]
 
     def _field(self, t: Tensor, *features: Tensor) -> Tensor:
         if self._autocast is not None:
@@ -277,13 +321,13 @@ class Totals:
                 torch._foreach_add_(sums, grads, alpha=weight)
 
     def add_coefficients(
-        self, times: Tensor, stages: Sequence[Cotangents], weights: Sequence[float] | None = None
+        self, times: Sequence[float], stages: Sequence[Cotangents], weights: Sequence[float] | None = None
     ) -> Tensor | None:
         """Pull the stages' coefficient cotangents back to the scalars; return those of `times` if they are wanted, [s]."""
         flow = self.flow
         if not flow.coefficient_grads and not flow.time_grads:
             return None
-        of_times = self._pull(times, stages, weights)
+        of_times = self._pull(torch.tensor(times, dtype=torch.float64), stages, weights)
         if of_times is not None:
             for i, stage in enumerate(stages):
                 if stage.time is not None:

@@ -34,6 +34,10 @@ class Gate:
         """σ(x), shape of `x`; written into `out` if given (then it is not differentiable)."""
         raise NotImplementedError
 
+    def number(self, x: float) -> float:
+        """σ of a plain number."""
+        return float(self(torch.tensor(x, dtype=torch.float64)))
+
     def both(self, a: Tensor, b: Tensor, out: Row) -> None:
         """σ(a) and σ(b) into the two parts of `out`."""
         self(a, out=out.parts[0])
@@ -62,6 +66,9 @@ class Identity(Gate):
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x if out is None else out.copy_(x)
+
+    def number(self, x: float) -> float:
+        return x
 
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return grad
@@ -95,6 +102,9 @@ class Softclip(Gate):
         y = torch.mul(x, constant(2 / c, x.dtype), out=out)
         y = torch.sigmoid(y, out=out)
         return torch.add(constant(-c, x.dtype), y, alpha=2 * c, out=out)
+
+    def number(self, x: float) -> float:
+        return self.bound * math.tanh(x / self.bound)
 
     def both(self, a: Tensor, b: Tensor, out: Row) -> None:
         if a.dtype in (torch.float16, torch.bfloat16):

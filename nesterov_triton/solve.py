@@ -308,7 +308,9 @@ def _for_state(settings: Settings, rows: int, h: Tensor) -> Tolerance:
         if not isinstance(value, Tensor):
             return value
         try:
-            full = value.to(h.device, h.dtype).expand(h.shape)
+            # A tolerance for a half-precision state may be below what that can hold; the norms are taken in float32.
+            half = h.dtype in (torch.float16, torch.bfloat16)
+            full = value.to(h.device, torch.float32 if half else h.dtype).expand(h.shape)
         except RuntimeError:
             raise ValueError(
                 f"{name} of shape {tuple(value.shape)} does not broadcast with h of shape {tuple(h.shape)}"

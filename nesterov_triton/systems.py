@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,23 +36,24 @@ from nesterov_triton._names import lookup
 
 Field: TypeAlias = Callable[..., Tensor]
 Form: TypeAlias = Literal["absorbed", "exact"]
+Number: TypeAlias = float | Tensor
 Xi: TypeAlias = float | Literal["learnable"]
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What a momentum system's right-hand side needs of the time alone, at s stage times.
+    """What a momentum system's right-hand side needs of the time alone: numbers at one time, or tensors [s] at s times.
 
     Attributes:
-        scale: κ, shape [s]; None where κ = 1.
-        drive: s(t), shape [s]; None where it is the system's constant sign.
-        q, minus_gamma: the factors of x and m in m', shape [s] each; both None where both are 0.
+        scale: κ; None where κ = 1.
+        drive: s(t); None where it is the system's constant sign.
+        q, minus_gamma: the factors of x and m in m'; both None where both are 0.
     """
 
-    scale: Tensor | None
-    drive: Tensor | None
-    q: Tensor | None
-    minus_gamma: Tensor | None
+    scale: Number | None
+    drive: Number | None
+    q: Number | None
+    minus_gamma: Number | None
 
 
 class System(nn.Module):
@@ -142,6 +143,8 @@ class Momentum(System):
             self.raw_xi = nn.Parameter(torch.tensor(math.log(math.expm1(0.5))))
         else:
             self._xi = _number("xi", xi)
+        self.damped = self.raw_damping is not None or self._damping != 0
+        self.residual = self.raw_xi is not None or self._xi != 0
 
     @property
     def damping(self) -> Tensor | float:
@@ -180,21 +183,21 @@ class Momentum(System):
         kappa = self.gate_x(k)
         return kappa, self.gate_x.pullback(k * (0.5 - 1.5 / t), k, kappa)
 
-    def coefficients(self, t: Tensor, damping: Tensor | float, xi: Tensor | float) -> Coefficients:
-        """The right-hand side's time-dependent factors at times `t`, shape [s], float64 on the CPU; differentiable."""
-        scale = self.gate_x(nesterov_scale(t)) if self.nesterov else None
+    def coefficients(self, t: Number, damping: Number, xi: Number) -> Coefficients:
+        """The right-hand side's time-dependent factors: for a number, numbers; for times [s], float64 on the CPU, tensors
+        [s], differentiable."""
+        scale: Number | None = None
+        if self.nesterov:
+            k = nesterov_scale(t)
+            scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
         drive = self.sign / scale if self.exact and scale is not None else None
-        residual = isinstance(xi, Tensor) or xi != 0
-        position: Tensor | None = None
-        if residual:
-            position = -xi * (torch.ones_like(t) if scale is None else scale)
-        if self.exact:
-            well = 0.75 / (t * t) - 0.25
-            position = well if position is None else position + well
-        if position is None and not isinstance(damping, Tensor) and damping == 0:
+        if not self.damped and not self.exact and not self.residual:
             return Coefficients(scale, drive, None, None)
-        minus_gamma = -damping.expand_as(t) if isinstance(damping, Tensor) else torch.full_like(t, -damping)
-        return Coefficients(scale, drive, torch.zeros_like(t) if position is None else position, minus_gamma)
+        zero = 0.0 * t
+        q = zero - xi * (1.0 if scale is None else scale)
+        if self.exact:
+            q = q + (0.75 / (t * t) - 0.25)
+        return Coefficients(scale, drive, q, zero - damping)
 
     def initial_state(self, h: Tensor, velocity: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x, m) at time `t` from features and an initial velocity, all of h's shape (zeros without a velocity).
@@ -224,9 +227,13 @@ class Momentum(System):
         return _broadcast(kappa, x) * speed + _broadcast(rate, x) * x
 
 
-def nesterov_scale(t: Tensor) -> Tensor:
-    """k(t) = t^(-3/2) e^(t/2) for t > 0, shape of `t`."""
-    return t**-1.5 * torch.exp(0.5 * t)
+@overload
+def nesterov_scale(t: float) -> float: ...
+@overload
+def nesterov_scale(t: Tensor) -> Tensor: ...
+def nesterov_scale(t: Number) -> Number:
+    """k(t) = t^(-3/2) e^(t/2) for t > 0, a number or a tensor of any shape."""
+    return t**-1.5 * (torch.exp(0.5 * t) if isinstance(t, Tensor) else math.exp(0.5 * t))
 
 
 def second_order(field: Field) -> Momentum:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nesterov_triton import tableaus
-from nesterov_triton.flow import Cotangents, Flow, StageTimes, Totals
+from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes, Totals
 from nesterov_triton.gradients.common import check_leaves
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.ops.rows import Row
@@ -146,8 +146,7 @@ def _solve_back(
 
 
 def _slope(flow: Flow, t: float, z: Tensor) -> Tensor:
-    at = flow.at(torch.tensor([t], dtype=torch.float64))
-    return torch.cat(tuple(flow.derivative(at, 0, z)))
+    return torch.cat(tuple(flow.derivative(flow.at((t,)), 0, flow.open(z))))
 
 
 class _AdjointDynamics:
@@ -162,15 +161,23 @@ class _AdjointDynamics:
         self._checked = False
         self._values = Row.of(like.clone(), flow.rows)
 
-    def at(self, times: Tensor) -> StageTimes:
+    @property
+    def copies(self) -> bool:
+        return self.flow.copies
+
+    def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         return self.flow.at(times)
 
-    def derivative(self, at: StageTimes, i: int, z: Tensor, out: Row | None = None) -> Sequence[Tensor]:
+    def open(self, z: Tensor) -> OpenState:
+        # Of the joint state only the flat tensor is read; its halves are opened where they are used.
+        return OpenState(z, (), (), z)
+
+    def derivative(self, at: StageTimes, i: int, z: OpenState, out: Row | None = None) -> Sequence[Tensor]:
         assert out is not None
         flow = self.flow
-        state, adjoint = z.view(2, -1).unbind(0)
+        state, adjoint = z.flat.view(2, -1).unbind(0)
         slope, of_state = out.split()
-        lin = flow.linearise(at, i, state, slope, self._values)
+        lin = flow.linearise(at, i, flow.open(state), slope, self._values)
         if not self._checked:
             check_leaves(flow, lin)
             self._checked = True

@@ -125,7 +125,7 @@ class ReverseSweep:
         lins: list[Linearisation | None] = []
         for i in range(step.stages):
             stage = z if i == 0 else runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i])
-            lin = flow.linearise(at, i, stage, step.slopes[i], step.values[i])
+            lin = flow.linearise(at, i, flow.open(stage), step.slopes[i], step.values[i])
             if not self._checked:
                 check_leaves(flow, lin)
                 self._checked = True

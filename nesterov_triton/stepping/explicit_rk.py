@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nesterov_triton.flow import StageTimes
+from nesterov_triton.flow import OpenState, StageTimes
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.tableaus import Tableau
@@ -25,10 +25,17 @@ from nesterov_triton.tableaus import Tableau
 class Dynamics(Protocol):
     """What a step needs of a right-hand side on flat states, [D], made of parts of [N]."""
 
-    def at(self, times: Tensor) -> StageTimes:
-        """What the right-hand side needs at `times`, [s] float64 on the CPU."""
+    @property
+    def copies(self) -> bool:
+        """Whether the memory of a state may be used again once `derivative` has returned."""
 
-    def derivative(self, at: StageTimes, i: int, z: Tensor, out: Row | None = None) -> Sequence[Tensor]:
+    def open(self, z: Tensor) -> OpenState:
+        """A state with its views."""
+
+    def at(self, times: Sequence[float] | Tensor) -> StageTimes:
+        """What the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
+
+    def derivative(self, at: StageTimes, i: int, z: OpenState, out: Row | None = None) -> Sequence[Tensor]:
         """The right-hand side at stage `i` as parts of [N], written into `out` if given."""
 
 
@@ -72,7 +79,7 @@ class Table:
 
     Attributes:
         matrix: what leads to stage i; b; the error rows; what leads to the extra stages of dense output. Zero-padded.
-        rows: its rows without the padding.
+        rows: its rows without the padding, of these lengths.
         errors: the error rows, [n, s].
     """
 
@@ -80,6 +87,7 @@ class Table:
         self.tableau, self.matrix = tableau, matrix
         table = table_rows(tableau)
         self.rows = [matrix[i, : len(row)] for i, row in enumerate(table)]
+        self.lengths = [len(row) for row in table]
         s = tableau.stages
         self.errors = matrix[s + 1 : s + 1 + len(tableau.error), :s]
 
@@ -214,6 +222,9 @@ class ExplicitRK:
         self._table = self._scaled = table(tableau, like.dtype, like.device)
         self._errors: Tensor | None = None
         self._magnitudes: tuple[Tensor, Tensor] | None = None  # |z| of the state to go on from, and of the next
+        # Where nothing keeps a stage's state, all stages share one, with its views made once.
+        shared = dynamics.copies and not differentiable
+        self._stage_state = dynamics.open(torch.empty_like(like)) if shared else None
         self._has_first = False
         self._has_extra = False
         self.dt = 0.0  # of the step just taken
@@ -239,11 +250,16 @@ class ExplicitRK:
         if not self._has_first:
             self._evaluate(at, 0, z)
             self._has_first = True
-        stage = z
+        last = tableau.stages - 1
+        z1 = z
         for i in range(1, tableau.stages):
-            stage = self._combine(z, i)
-            self._evaluate(at, i, stage)
-        return stage if tableau.fsal else self._combine(z, tableau.stages)
+            if self._stage_state is not None and i < last:
+                self._combine(z, i, self._stage_state.flat)
+                self._put(at, i, self._stage_state)
+            else:
+                z1 = self._combine(z, i)
+                self._evaluate(at, i, z1)
+        return z1 if tableau.fsal else self._combine(z, tableau.stages)
 
     @torch.no_grad()
     def error(self, z: Tensor, z1: Tensor) -> float:
@@ -287,16 +303,18 @@ class ExplicitRK:
         return runge_kutta.combine(z, self.stages.columns(self.dense.stages), weights.to(z.device, z.dtype))
 
     def _evaluate(self, at: StageTimes, i: int, z: Tensor) -> None:
+        self._put(at, i, self.dynamics.open(z))
+
+    def _put(self, at: StageTimes, i: int, z: OpenState) -> None:
         self.stages.put(i, self.dynamics.derivative(at, i, z, self.stages.out(i)))
 
-    def _combine(self, z: Tensor, row: int) -> Tensor:
-        weights = self._scaled.rows[row]
-        return runge_kutta.combine(z, self.stages.columns(len(weights)), weights)
+    def _combine(self, z: Tensor, row: int, out: Tensor | None = None) -> Tensor:
+        return runge_kutta.combine(z, self.stages.columns(self._scaled.lengths[row]), self._scaled.rows[row], out)
 
     def _step_size(self, t: float, t1: float) -> Tensor | float:
         return t1 - t if self.axis is None else self.axis.end(t1) - self.axis.start(t)
 
-    def _times(self, t: float, t1: float, nodes: Sequence[float]) -> Tensor:
+    def _times(self, t: float, t1: float, nodes: Sequence[float]) -> Sequence[float] | Tensor:
         """Stage times; the node 1 is t1 itself, so that no rounding takes the field outside the interval."""
         if self.axis is None:
             return stage_times(t, t1, nodes)
@@ -316,10 +334,10 @@ def error_norm(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Tensor 
     return float(fifth) * math.sqrt(mean / (fifth + 0.01 * third)) if fifth else float(fifth)
 
 
-def stage_times(t: float, t1: float, nodes: Sequence[float]) -> Tensor:
-    """The times of the stages of a step from t to t1, [s] float64 on the CPU."""
+def stage_times(t: float, t1: float, nodes: Sequence[float]) -> list[float]:
+    """The times of the stages of a step from t to t1."""
     dt = t1 - t
-    return torch.tensor([t1 if c == 1.0 else t + c * dt for c in nodes], dtype=torch.float64)
+    return [t1 if c == 1.0 else t + c * dt for c in nodes]
 
 
 class DenseOutput:

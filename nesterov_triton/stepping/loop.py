@@ -157,6 +157,8 @@ def _fixed(
     count = max(1, math.ceil(abs(end - t) / step_size * (1 - 1e-12)))
     if count > options.max_steps:
         raise SolveError(Status.MAX_STEPS, t, sign * step_size, 0)
+    if count > 1 and step_size <= 4 * math.ulp(max(abs(t), abs(end))):
+        raise SolveError(Status.STEP_UNDERFLOW, t, sign * step_size, 0)
     reached: list[Tensor] = []
     sums: list[Tensor] = []
     starts: list[float] = []

@@ -17,20 +17,22 @@ from nesterov_triton.ops.rows import Row
 
 
 class Gates(NamedTuple):
-    """σ_x and σ_f. Where they are one gate known by its values, both are computed in one pass over a row."""
+    """σ_x and σ_f; joint where they are one gate known by its values: then both are computed in one pass over a row."""
 
     x: Gate
     f: Gate
+    joint: bool
 
-    @property
-    def joint(self) -> bool:
-        return self.x == self.f and self.x.from_value and not isinstance(self.x, Identity)
+    @classmethod
+    def of(cls, x: Gate, f: Gate) -> Gates:
+        """The pair."""
+        return cls(x, f, x == f and x.from_value and not isinstance(x, Identity))
 
 
 def derivative(
     m: Tensor,
     u: Tensor,
-    pair: Tensor,
+    columns: Tensor,
     sign: float,
     drive: Tensor | None,
     linear: Tensor | None,
@@ -43,7 +45,7 @@ def derivative(
     Args:
         m: the momentum.
         u: the field's output.
-        pair: (x, m), [2, N].
+        columns: (x, m) as columns, [N, 2].
         sign: s where it is constant.
         drive: s where it depends on the time, 0-d, sign included; then `sign` is not looked at.
         linear: (q, -γ), [2]; None where both are 0.
@@ -55,7 +57,7 @@ def derivative(
             dx, s = gates.x(torch.cat((m, u))).view(2, -1).unbind(0)
         else:
             dx, s = gates.x(m), gates.f(u)
-        return dx, _momentum_part(s, pair, sign, drive, linear, None)
+        return dx, _momentum_part(s, columns, sign, drive, linear, None)
     kept = out if values is None else values
     if gates.joint:
         gates.x.both(m, u, kept)
@@ -65,12 +67,12 @@ def derivative(
     else:
         gates.x(m, out=out.parts[0])
         s = u if isinstance(gates.f, Identity) else gates.f(u, out=kept.parts[1])
-    _momentum_part(s, pair, sign, drive, linear, out.parts[1])
+    _momentum_part(s, columns, sign, drive, linear, out.parts[1])
     return out.parts
 
 
 def _momentum_part(
-    s: Tensor, pair: Tensor, sign: float, drive: Tensor | None, linear: Tensor | None, out: Tensor | None
+    s: Tensor, columns: Tensor, sign: float, drive: Tensor | None, linear: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """sign · s + q x - γ m, or with the drive for the sign."""
     if drive is not None:
@@ -78,7 +80,7 @@ def _momentum_part(
     if linear is None:
         return torch.mul(s, sign, out=out)
     # One matrix-vector product reads x and m once, and takes γ and ξ as tensors.
-    return torch.addmv(s, pair.t(), linear, beta=sign, out=out)
+    return torch.addmv(s, columns, linear, beta=sign, out=out)
 
 
 def gate_cotangents(c: Row, m: Tensor, u: Tensor, slope: Row, values: Row, gates: Gates) -> Sequence[Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from nesterov_triton.gates import constant
 
 
-def combine(z: Tensor, stages: Tensor, weights: Tensor) -> Tensor:
-    """z + Σ_j weights_j k_j, [D].
+def combine(z: Tensor, stages: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """z + Σ_j weights_j k_j, [D], into `out` if given.
 
     Args:
         z: the state, [D].
@@ -17,7 +17,7 @@ def combine(z: Tensor, stages: Tensor, weights: Tensor) -> Tensor:
             over contiguous stages.
         weights: dt a_ij, [j].
     """
-    return torch.addmv(z, stages, weights)
+    return torch.addmv(z, stages, weights, out=out)
 
 
 def scaled_squares(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Tensor | float) -> Tensor:
