@@ -1,0 +1,118 @@
+"""The output folder. Every file is replaced as a whole, so that a kill at any moment leaves the old or the new one."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nesterov_triton.experiments.experiment import CommandError, Settings
+from nesterov_triton.experiments.training import Epoch, Run
+
+TEMPORARY = ".nesterov-tmp"
+HISTORY_COLUMNS = ("model", "seed", *(column.name for column in fields(Epoch)))
+
+
+class Folder:
+    """``settings.json``, one checkpoint a run, ``history.csv``; later ``summary.csv`` and ``figure.png``.
+
+    The checkpoints alone are read back; the other files are written from them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings_path = path / "settings.json"
+        self.checkpoints = path / "checkpoints"
+        self.history = path / "history.csv"
+        self.summary = path / "summary.csv"
+        self.figure = path / "figure.png"
+
+    def is_empty(self) -> bool:
+        """No file but those that a killed write left half done."""
+        if not self.path.is_dir():
+            return not self.path.exists()
+        files = [p for p in self.path.iterdir() if p != self.checkpoints] + list(self.checkpoints.glob("*"))
+        return set(files) <= set(self._leftovers())
+
+    def clear(self) -> None:
+        """Remove the files of an earlier comparison, and nothing that is not ours."""
+        ours = (self.settings_path, self.history, self.summary, self.figure, *self.checkpoints.glob("*-seed*.pt"))
+        for path in ours:
+            path.unlink(missing_ok=True)
+
+    def prepare(self, settings: Settings) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self._leftovers():
+                leftover.unlink(missing_ok=True)
+            write(self.settings_path, (json.dumps(asdict(settings), indent=2) + "\n").encode())
+        except OSError as error:
+            raise CommandError(f"cannot write to {self.path}: {error}; choose another --output") from error
+
+    def settings(self) -> Settings | None:
+        """The stored settings; None in an empty folder."""
+        if self.is_empty():
+            return None
+        try:
+            stored = json.loads(self.settings_path.read_text())
+            return Settings(**stored | {"models": tuple(stored["models"]), "seeds": tuple(stored["seeds"])})
+        except FileNotFoundError:
+            message = f"{self.path} holds files, but no comparison (no settings.json); choose another --output"
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            message = f"cannot read {self.settings_path} ({error}); start anew with --overwrite"
+        raise CommandError(message)
+
+    def save(self, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write(self._checkpoint(state["run"]["model"], state["run"]["seed"]), buffer.getvalue())
+
+    def load(self, model: str, seed: int) -> dict[str, Any] | None:
+        path = self._checkpoint(model, seed)
+        if not path.exists():
+            return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+    def runs(self, settings: Settings) -> list[Run]:
+        """What is stored, all models with the first seed, then with the next."""
+        states = (self.load(model, seed) for seed in settings.seeds for model in settings.models)
+        return [Run.from_dict(state["run"]) for state in states if state is not None]
+
+    def write_history(self, runs: Iterable[Run]) -> None:
+        rows = [{"model": run.model, "seed": run.seed, **asdict(epoch)} for run in runs for epoch in run.history]
+        write_csv(self.history, HISTORY_COLUMNS, rows)
+
+    def _leftovers(self) -> list[Path]:
+        return [path for folder in (self.path, self.checkpoints) for path in folder.glob(f".*{TEMPORARY}")]
+
+    def _checkpoint(self, model: str, seed: int) -> Path:
+        return self.checkpoints / f"{model}-seed{seed}.pt"
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write beside, flush to the disk, then rename over: never a torn file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()

@@ -1,0 +1,189 @@
+"""The end of a comparison: one table, on the screen and as CSV, and one figure."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nesterov_triton.experiments.experiment import Experiment, Settings
+from nesterov_triton.experiments.folder import write, write_csv
+from nesterov_triton.experiments.training import Epoch, Run
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measured quantity: its name in the CSV, its heading on the screen, and how to read it from a run."""
+
+    name: str
+    heading: str
+    format: str
+    value: Callable[[Run], float]
+
+
+COLUMNS = (
+    Column("test_accuracy_percent", "test\nacc. %", ".2f", lambda run: run.history[-1].test_accuracy_percent),
+    Column("test_loss", "test\nloss", ".4f", lambda run: run.history[-1].test_loss),
+    Column("train_loss", "train\nloss", ".4f", lambda run: run.history[-1].train_loss),
+    Column("nfe_forward", "NFE\nfwd", ".1f", lambda run: run.history[-1].nfe_forward),
+    Column("nfe_backward", "NFE\nbwd", ".1f", lambda run: run.history[-1].nfe_backward),
+    Column("seconds_per_epoch", "s per\nepoch", ".3f", lambda run: fmean(row.seconds for row in run.history)),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model: (mean, standard deviation over seeds or None) of each column; empty before its first epoch."""
+
+    model: str
+    values: dict[str, tuple[float, float | None]]
+    parameters: int | None
+    status: str
+
+
+def summarise(runs: Sequence[Run], settings: Settings) -> list[Row]:
+    """A row for each model: the last epoch of its complete runs, or, while there is none, of those begun."""
+    rows = []
+    for model in settings.models:
+        own = [run for run in runs if run.model == model]
+        complete = [run for run in own if run.failure is None and len(run.history) >= settings.epochs]
+        begun = complete or [run for run in own if run.history]
+        values = {}
+        for column in COLUMNS if begun else ():
+            measured = [column.value(run) for run in begun]
+            values[column.name] = (fmean(measured), stdev(measured) if len(measured) > 1 else None)
+        rows.append(Row(model, values, own[0].parameters if own else None, _status(own, len(complete), settings)))
+    return rows
+
+
+def _status(runs: Sequence[Run], complete: int, settings: Settings) -> str:
+    """That all is done, or what failed and how far the rest is."""
+    if complete == len(settings.seeds):
+        return "done"
+    if not runs:
+        return "not started"
+    several = len(settings.seeds) > 1
+    notes = [f"{complete} of {len(settings.seeds)} seeds"] if several else []
+    for run in runs:
+        if run.failure is not None:
+            which = f", seed {run.seed}" if several else ""
+            notes.append(f"failed: {run.failure.status} in epoch {run.failure.epoch}{which}")
+        elif not several:
+            notes.append(f"{len(run.history)} of {settings.epochs} epochs")
+    return "; ".join(notes)
+
+
+def cells(row: Row) -> list[str]:
+    """The row as the screen shows it."""
+    shown = [row.model]
+    for column in COLUMNS:
+        mean, deviation = row.values.get(column.name, (None, None))
+        text = "-" if mean is None else format(mean, column.format)
+        shown.append(text if deviation is None else f"{text} ± {deviation:{column.format}}")
+    return [*shown, "-" if row.parameters is None else str(row.parameters), row.status]
+
+
+def print_table(rows: Sequence[Row], experiment: Experiment, settings: Settings, console: Console) -> None:
+    over = f", mean ± standard deviation over {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title=f"{experiment.title}: {describe(settings)}",
+        caption=f"last epoch{over}; NFE: evaluations of the field per training batch, forward and backward; "
+        "s per epoch: training only",
+    )
+    table.add_column("model", style="bold", no_wrap=True)
+    for heading in [*(column.heading for column in COLUMNS), "para-\nmeters"]:
+        table.add_column(heading, justify="right", no_wrap=not over)
+    table.add_column("status")
+    for row in rows:
+        table.add_row(*cells(row), style="red" if "failed" in row.status else None)
+    console.print(table)
+
+
+def write_summary(path: Path, rows: Sequence[Row]) -> None:
+    """The table's rows in full precision; ``*_std`` is empty for one seed."""
+    names = [name for column in COLUMNS for name in (column.name, f"{column.name}_std")]
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        line: dict[str, Any] = {"model": row.model, "parameters": row.parameters, "status": row.status}
+        for name, (mean, deviation) in row.values.items():
+            line |= {name: mean, f"{name}_std": deviation}
+        lines.append(line)
+    write_csv(path, ["model", *names, "parameters", "status"], lines)
+
+
+def describe(settings: Settings) -> str:
+    step = f", step {settings.step_size:g}" if settings.step_size is not None else ""
+    return (
+        f"{settings.method}{step}, tolerance {settings.tolerance:g}, gradient {settings.gradient}, gate {settings.gate}"
+    )
+
+
+# Relatives share a hue: grey first order, blue heavy ball, orange Nesterov; all apart for colour-blind readers.
+COLOURS = {
+    "NODE": "#333333",
+    "ANODE": "#999999",
+    "SONODE": "#009e73",
+    "HBNODE": "#0072b2",
+    "GHBNODE": "#56b4e9",
+    "NesterovNODE": "#e69f00",
+    "GNesterovNODE": "#d55e00",
+}
+PANELS: tuple[tuple[str, str, Callable[[Epoch], float]], ...] = (
+    ("test accuracy", "% of the held-out data", lambda epoch: epoch.test_accuracy_percent),
+    ("training loss", "mean over the epoch, log scale", lambda epoch: epoch.train_loss),
+    ("NFE forward", "evaluations per batch", lambda epoch: epoch.nfe_forward),
+    ("NFE backward", "evaluations per batch", lambda epoch: epoch.nfe_backward),
+)
+
+
+def draw(path: Path, runs: Sequence[Run], experiment: Experiment, settings: Settings) -> None:
+    """The curves against the epoch: mean over seeds, in the band from least to greatest."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    figure = Figure(figsize=(10, 7.2), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True).ravel()
+    for axis, (title, unit, value) in zip(axes, PANELS, strict=True):
+        for i, model in enumerate(settings.models):
+            curves = [[value(epoch) for epoch in run.history] for run in runs if run.model == model and run.history]
+            if not curves:
+                continue
+            length = max(map(len, curves))
+            at_epoch = [[curve[i] for curve in curves if i < len(curve)] for i in range(length)]
+            epochs = range(1, length + 1)
+            mean = [fmean(values) for values in at_epoch]
+            # Counts often coincide: there each curve is thinner than the one below it, so that all stay visible.
+            width = 1.4 + 3 * (1 - (i + 1) / len(settings.models)) if title.startswith("NFE") else 1.8
+            marker = "o" if length == 1 else None
+            axis.plot(epochs, mean, color=COLOURS[model], label=model, linewidth=width, marker=marker)
+            if len(curves) > 1:
+                low, high = [min(values) for values in at_epoch], [max(values) for values in at_epoch]
+                axis.fill_between(epochs, low, high, color=COLOURS[model], alpha=0.15, linewidth=0)
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axis.set_ylabel(unit)
+        axis.grid(True, color="#e5e5e5", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    for axis in axes[2:]:
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("epoch")
+    seeds = f", mean and range of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
+    figure.suptitle(f"{experiment.title}: {describe(settings)}{seeds}", fontsize=12)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
+    write(path, image.getvalue())
