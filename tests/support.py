@@ -274,4 +274,4 @@ def gradients(layer: nn.Module, loss: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 
 def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
-    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))

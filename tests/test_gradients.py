@@ -120,7 +120,9 @@ def adjoint_errors(build, tolerances=(1e-4, 1e-6, 1e-8)):
 
     truth = all_gradients(build(method="dopri8", rtol=1e-12, atol=1e-12, gradient="discrete"))
     for tolerance in tolerances:
-        errors.append(largest_difference(truth, all_gradients(build(rtol=tolerance, atol=tolerance, gradient="adjoint"))))
+        errors.append(
+            largest_difference(truth, all_gradients(build(rtol=tolerance, atol=tolerance, gradient="adjoint")))
+        )
     return errors
 
 
@@ -236,7 +238,7 @@ def test_a_requested_time_at_the_end_of_a_step_has_its_gradient(method, gradient
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("gate", [torch.tanh, "tanh"])
 def test_times_have_gradients_through_the_rate_of_a_gated_scale(gate, gradient):
-    """κ'(t) enters the velocity and the exact form's initial state; for a callable gate autograd must reach through it."""
+    """κ'(t) enters the velocity and the exact form's initial state: autograd must reach through a callable gate's."""
     layer = nt.GNesterovNODE(
         Field(), gate, 0.5, form="exact", method="dopri8", rtol=1e-10, atol=1e-10, gradient=gradient
     )
@@ -288,7 +290,13 @@ def test_conditioned_field_with_a_tensor_made_from_others(gradient):
     def loss(strategy):
         theta = encoder(data).sigmoid()  # not a leaf
         y = nt.solve(
-            lambda t, y: theta * torch.sin(y + t), data, (0.0, 1.0), params=[theta], gradient=strategy, rtol=1e-9, atol=1e-9
+            lambda t, y: theta * torch.sin(y + t),
+            data,
+            (0.0, 1.0),
+            params=[theta],
+            gradient=strategy,
+            rtol=1e-9,
+            atol=1e-9,
         ).final
         return torch.autograd.grad(y.pow(2).sum(), list(encoder.parameters()))
 
