@@ -1,6 +1,7 @@
 """A system bound to one solve: shapes, dtype, the damping's and residual's values, the count of evaluations.
 
-The flow turns stage times into coefficients, calls the user's network and checks what it returns, and gives the right-hand
+The flow turns stage times into coefficients, calls the user's network and checks what it returns, and gives the
+right-hand
 side in the three forms the rest needs: its value, its value with the network's graph kept, and its transpose.
 """
 
@@ -86,7 +87,7 @@ class Flow:
         self.scalars, self.params = scalars, params
         self.rows = system.rows
         self.evaluations = 0
-        self._values: tuple[float, ...] | None = None  # of damping and xi
+        self._values: tuple[float, float] | None = None  # of damping and xi
         self._call = system.field  # past nn.Module's attribute lookup
         self._gates = momentum.Gates.of(system.gate_x, system.gate_f) if isinstance(system, Momentum) else None
         self._autocast = autocast
@@ -97,12 +98,13 @@ class Flow:
 
     # -- the time alone ------------------------------------------------------------------------------------------------
 
-    def coefficients(self, times: Tensor) -> Coefficients:
+    def coefficients(self, times: Tensor) -> Coefficients[Tensor]:
         """At `times`, [s] float64 on the CPU; differentiable in times and scalars, in float64 on the CPU."""
         system = self.system
         if not isinstance(system, Momentum):
             return Coefficients(None, None, None, None)
-        return system.coefficients(times, self.scalars.get("damping", system._damping), self.scalars.get("xi", system._xi))
+        scalars = self.scalars
+        return system.coefficients(times, scalars.get("damping", system._damping), scalars.get("xi", system._xi))
 
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
@@ -122,9 +124,10 @@ class Flow:
         if not isinstance(system, Momentum):
             return [t]
         if self._values is None:
-            self._values = tuple(
-                float(self.scalars[name].detach()) if name in self.scalars else default
-                for name, default in (("damping", system._damping), ("xi", system._xi))
+            damping, xi = self.scalars.get("damping"), self.scalars.get("xi")
+            self._values = (
+                system._damping if damping is None else float(damping.detach()),
+                system._xi if xi is None else float(xi.detach()),
             )
         c = system.coefficients(t, *self._values)
         return [float(x) for x in (t, c.scale, c.drive, c.q, c.minus_gamma) if x is not None]
@@ -172,8 +175,8 @@ class Flow:
         )
 
     def linearise(self, at: StageTimes, i: int, z: OpenState, out: Row, values: Row) -> Linearisation:
-        """As `derivative` into `out`, keeping the network's graph for `pullback`. `z`, `out` and `values`, a row for the
-        gates' values, must stay as they are until then."""
+        """As `derivative` into `out`, keeping the network's graph for `pullback`. `z`, `out` and `values`, a row for
+        the gates' values, must stay as they are until then."""
         # Tensors of their own: a view that is marked as a leaf here must not be the state's.
         leaves = tuple(f.detach().requires_grad_() for f in self._features(at.scale[i], z))
         t = at.t[i]
@@ -264,19 +267,20 @@ class Flow:
     def _checked(self, u: Any) -> Tensor:
         """Raise for what a field must not return; accept a tensor subclass, and autocast's narrower dtype."""
         name = _name(self.system.field)
+        shape, device = tuple(self.shape), self.device
         if not isinstance(u, Tensor):
             raise TypeError(f"field {name} returned {type(u).__name__}; it must return a tensor of h's shape")
         if u.shape != self.shape:
-            raise ValueError(f"field {name} returned shape {tuple(u.shape)} for h of shape {tuple(self.shape)}; return h's")
-        if u.device != self.device:
-            raise ValueError(f"field {name} returned a tensor on {u.device}, h is on {self.device}; move the field there")
+            raise ValueError(f"field {name} returned shape {tuple(u.shape)} for h of shape {shape}; return h's")
+        if u.device != device:
+            raise ValueError(f"field {name} returned a tensor on {u.device}, h is on {device}; move the field there")
         if u.dtype != self.dtype:
             if not (self._autocast is not None and u.is_floating_point()):
                 raise ValueError(
                     f"field {name} returned {u.dtype} for h of {self.dtype}; convert the field or the input, "
                     f"for example with .to({self.dtype})"
                 )
-            u = u.to(self.dtype)
+            return u.to(self.dtype)
         return u
 
     def _through_field(
@@ -313,17 +317,15 @@ class Totals:
             weight = 1.0 if weights is None else weights[i]
             if weight == 0.0 or not stage.params:
                 continue
-            sums, grads = self.params, stage.params
-            if any(g is None for g in grads):
-                have = [(p, g) for p, g in zip(sums, grads, strict=True) if g is not None]
-                sums, grads = [p for p, _ in have], [g for _, g in have]
-            if grads:
-                torch._foreach_add_(sums, grads, alpha=weight)
+            have = [(p, g) for p, g in zip(self.params, stage.params, strict=True) if g is not None]
+            if have:
+                torch._foreach_add_([p for p, _ in have], [g for _, g in have], alpha=weight)
 
     def add_coefficients(
         self, times: Sequence[float], stages: Sequence[Cotangents], weights: Sequence[float] | None = None
     ) -> Tensor | None:
-        """Pull the stages' coefficient cotangents back to the scalars; return those of `times` if they are wanted, [s]."""
+        """Pull the stages' coefficient cotangents back to the scalars; return those of `times` if they are wanted,
+        [s]."""
         flow = self.flow
         if not flow.coefficient_grads and not flow.time_grads:
             return None

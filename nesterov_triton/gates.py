@@ -55,8 +55,8 @@ def _check_bound(bound: float) -> None:
 
 @functools.lru_cache(maxsize=256)
 def constant(value: float, dtype: torch.dtype) -> Tensor:
-    """A 0-d CPU tensor, which torch takes as a scalar on any device: a Python number costs a tensor and a cast each time,
-    1.5 of the 4 µs that a product of 16,384 elements takes."""
+    """A 0-d CPU tensor, which torch takes as a scalar on any device: a Python number costs a tensor and a cast each
+    time, 1.5 of the 4 µs that a product of 16,384 elements takes."""
     return torch.tensor(value, dtype=dtype)
 
 
@@ -96,9 +96,9 @@ class Softclip(Gate):
         if x.dtype in (torch.float16, torch.bfloat16):
             y = torch.mul(x, 1 / c, out=out)
             return torch.mul(torch.tanh(y, out=out), c, out=out)
-        # tanh(v) = 2 sigmoid(2 v) - 1: torch's vectorised sigmoid takes 0.5 ns an element on one CPU core, its tanh 2.7,
-        # more than the rest of a stage together. The absolute error is c units in the last place of 1, the relative
-        # error of tanh near 0 is lost; Inductor computes tanh on a CPU the same way.
+        # tanh(v) = 2 sigmoid(2 v) - 1: torch's vectorised sigmoid takes 0.5 ns an element on one CPU core, its tanh
+        # 2.7, more than the rest of a stage together. The absolute error is c units in the last place of 1, the
+        # relative error of tanh near 0 is lost; Inductor computes tanh on a CPU the same way.
         y = torch.mul(x, constant(2 / c, x.dtype), out=out)
         y = torch.sigmoid(y, out=out)
         return torch.add(constant(-c, x.dtype), y, alpha=2 * c, out=out)

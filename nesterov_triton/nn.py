@@ -1,6 +1,7 @@
 """The layers: thin modules around a system and `solve`.
 
-Every layer takes features h, [batch, ...], to h(T), by solving its system from t[0] to t[-1]. See `Layer` for what they share.
+Every layer takes features h, [batch, ...], to h(T), by solving its system from t[0] to t[-1]. See `Layer` for what they
+share.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ class Layer(nn.Module):
         system: the right-hand side.
         t: two or more strictly monotone times, either direction; an `nn.Parameter` or tensor that requires gradients is
             differentiated.
-        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8; fixed-step euler, midpoint, rk4, rk4_38.
+        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8; fixed-step euler, midpoint, rk4,
+            rk4_38.
         rtol, atol: tolerances of an adaptive method, numbers or tensors that broadcast with h.
-        gradient: "discrete" (exact gradient of the steps taken), "adjoint" (the adjoint equation, memory independent of the
-            number of steps), "backprop" (plain autograd, also second derivatives), or an object.
+        gradient: "discrete" (exact gradient of the steps taken), "adjoint" (the adjoint equation, memory independent of
+            the number of steps), "backprop" (plain autograd, also second derivatives), or an object.
         controller: "integral", "pi", or an object.
         step_size: the step of a fixed-step method.
         first_step: the first step of an adaptive method; chosen by itself without.
@@ -155,8 +157,8 @@ class MomentumLayer(Layer):
 
     Args:
         system: the momentum system.
-        initial_velocity: a module h(t0) -> velocity of h's shape, or None for zeros. It is m(t0), except in the exact form,
-            where it is h'(t0).
+        initial_velocity: a module h(t0) -> velocity of h's shape, or None for zeros. It is m(t0), except in the exact
+            form, where it is h'(t0).
         options: see `Layer`.
     """
 
@@ -186,8 +188,11 @@ class MomentumLayer(Layer):
             if isinstance(velocity, Tensor) and torch.is_autocast_enabled(h.device.type):
                 velocity = velocity.to(h.dtype)  # autocast's is narrower
             if not isinstance(velocity, Tensor) or velocity.shape != h.shape or velocity.dtype != h.dtype:
-                got = f"{tuple(velocity.shape)} {velocity.dtype}" if isinstance(velocity, Tensor) else type(velocity).__name__
-                raise ValueError(f"initial_velocity returned {got} for h of {tuple(h.shape)} {h.dtype}; return h's shape and dtype")
+                tensor = isinstance(velocity, Tensor)
+                got = f"{tuple(velocity.shape)} {velocity.dtype}" if tensor else type(velocity).__name__
+                raise ValueError(
+                    f"initial_velocity returned {got} for h of {tuple(h.shape)} {h.dtype}; return h's shape and dtype"
+                )
         solution = self._run(self.system.initial_state(h, velocity, times[0]), h, times)
         two = len(solution.t) == 2
         x, m = solution.final if two else solution.ys
@@ -239,8 +244,8 @@ class NesterovNODE(MomentumLayer):
 
     Args:
         field: f(t, h).
-        form: "absorbed", the paper's, where the network stands for all that the damping leaves; or "exact", where it stands
-            for -F alone and the layer solves h'' + (3/t) h' = -f(t, h).
+        form: "absorbed", the paper's, where the network stands for all that the damping leaves; or "exact", where it
+            stands for -F alone and the layer solves h'' + (3/t) h' = -f(t, h).
         options: see `MomentumLayer` and `Layer`.
     """
 
@@ -249,7 +254,8 @@ class NesterovNODE(MomentumLayer):
 
 
 class GNesterovNODE(MomentumLayer):
-    """Generalised Nesterov neural ODE (Nguyen et al. 2022): h = σ(k(t)) x, x' = σ(m), m' = -m - σ(f(t, h)) - ξ h, for t > 0.
+    """Generalised Nesterov neural ODE (Nguyen et al. 2022): h = σ(k(t)) x, x' = σ(m), m' = -m - σ(f(t, h)) - ξ h, for t
+    > 0.
 
     Args:
         field: f(t, h).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Solution:
         shape: of h.
         rows: 1, or 2 for a momentum system.
         stats: counts; nfe_backward is filled in when the backward pass runs.
-        status: how the solve ended. Anything but SUCCESS only with throw=False: then unreached states are NaN, and nothing
-            has a gradient.
+        status: how the solve ended. Anything but SUCCESS only with throw=False: then unreached states are NaN, and
+            nothing has a gradient.
         message: in words, with t, dt and the number of steps where the solve failed.
     """
 
@@ -129,13 +130,15 @@ def solve(
     """Solve an initial value problem, differentiably.
 
     Args:
-        system: a system, or any callable f(t, y) that returns dy/dt: t is a 0-d tensor of y's dtype, y and the result have
-            one shape, dtype and device. It is never called outside [t[0], t[-1]].
-        state: the state at t[0]: a floating-point tensor y of any shape, or a pair (x, m) of one shape for a momentum system.
+        system: a system, or any callable f(t, y) that returns dy/dt: t is a 0-d tensor of y's dtype, y and the result
+            have one shape, dtype and device. It is never called outside [t[0], t[-1]].
+        state: the state at t[0]: a floating-point tensor y of any shape, or a pair (x, m) of one shape for a momentum
+            system.
         t: two or more strictly increasing or decreasing times; a tensor may require gradients.
-        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8; fixed-step euler, midpoint, rk4, rk4_38.
-        rtol, atol: relative and absolute tolerance of an adaptive method, numbers or tensors that broadcast with h. A step is
-            accepted when the root mean square of err / (atol + rtol max(\\|z_n\\|, \\|z_n+1\\|)) is at most 1.
+        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8; fixed-step euler, midpoint, rk4,
+            rk4_38.
+        rtol, atol: relative and absolute tolerance of an adaptive method, numbers or tensors that broadcast with h. A
+            step is accepted when the root mean square of err / (atol + rtol max(\\|z_n\\|, \\|z_n+1\\|)) is at most 1.
         gradient: "discrete", "adjoint", "backprop", or an object from `nesterov_triton.gradients`.
         controller: "integral", "pi", or an object from `nesterov_triton.controllers`.
         step_size: the step of a fixed-step method; the last one is shortened to end at t[-1].
@@ -176,7 +179,8 @@ def run(
     params: Sequence[Tensor] = (),
     throw: bool = True,
 ) -> Solution:
-    """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from `check_times`."""
+    """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from
+    `check_times`."""
     if isinstance(cast(object, params), Tensor):
         raise TypeError("params must be a sequence of tensors, got one tensor; pass params=[tensor]")
     params = tuple(params)  # an iterator, as of Module.parameters(), can be read once only
@@ -257,11 +261,11 @@ def check_tensor(name: str, value: object, system: System) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
     if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it, for example with .float()")
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it, say with .float()")
     if isinstance(system.field, nn.Module):
         p = next(system.field.parameters(), None)
         if p is not None and p.device != value.device:
-            raise ValueError(f"{name} is on {value.device} and the field's parameters on {p.device}; move one to the other")
+            raise ValueError(f"{name} is on {value.device} and the field's parameters on {p.device}; move one of them")
     # A finite sum has finite terms; one reduction is a fifth of the cost of isfinite.
     total = value.detach().sum(dtype=torch.float32 if value.element_size() < 4 else None)
     if not math.isfinite(total) and not bool(torch.isfinite(value).all()):
@@ -294,9 +298,9 @@ def check_times(system: System, t: object) -> Tensor:
         raise ValueError(f"t must hold at least two times, the first and the last, got {len(values)}")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"t holds NaN or infinite times: {values}")
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(values)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
-        raise ValueError(f"t must be strictly increasing or strictly decreasing, got {values}; sort it, drop repetitions")
+        raise ValueError(f"t must be strictly increasing or decreasing, got {values}; sort it and drop repetitions")
     system.check_times(values)
     return times
 

@@ -14,8 +14,8 @@ class Status(enum.Enum):
     SUCCESS = "the last time was reached"
     MAX_STEPS = "the solver took max_steps steps without reaching the last time; raise max_steps or the tolerances"
     STEP_UNDERFLOW = (
-        "the step size fell below what the time can resolve; the problem may be stiff or singular here, or the tolerances "
-        "tighter than the dtype allows: loosen them or use float64"
+        "the step size fell below what the time can resolve; the problem may be stiff or singular here, or the "
+        "tolerances tighter than the dtype allows: loosen them or use float64"
     )
     NON_FINITE = "the field or the state became infinite or NaN; look at the field at this time"
 
@@ -26,8 +26,8 @@ class Stats:
 
     Attributes:
         nfe_forward: evaluations of the field in the forward pass.
-        nfe_backward: evaluations of the field, each with its vector-Jacobian product, in the backward pass; 0 until it has
-            run. Plain backpropagation evaluates nothing again: there it counts the vector-Jacobian products.
+        nfe_backward: evaluations of the field, each with its vector-Jacobian product, in the backward pass; 0 until it
+            has run. Plain backpropagation evaluates nothing again: there it counts the vector-Jacobian products.
         accepted: accepted steps, forward.
         rejected: rejected steps, forward.
     """

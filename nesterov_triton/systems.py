@@ -13,20 +13,20 @@
 | GHBNODE        | 1          | learned  | +1     | -ξ                        | σ   | id  |
 | SONODE         | 1          | 0        | +1     | 0                         | id  | id, f sees (h, m) |
 
-with k(t) = t^(-3/2) e^(t/2), which takes the singular damping out of Nesterov's limit h'' + (3/t) h' = F (Su, Boyd, Candès
-2014). In the absorbed form (Nguyen et al., NeurIPS 2022) the network stands for all that is left, in the exact form for F alone.
+with k(t) = t^(-3/2) e^(t/2), which takes the singular damping out of Nesterov's limit h'' + (3/t) h' = F (Su, Boyd,
+Candès 2014). In the absorbed form (Nguyen et al., NeurIPS 2022) the network stands for all that is left, in the exact
+form for F alone.
 
-A system is what a solver integrates; it holds the user's network and knows nothing of methods. The state of a first-order
-system is a tensor y, that of a momentum system a pair (x, m) of tensors of one shape. Solvers see either as one tensor
-``[rows, N]``: one row for y, two for (x, m).
+A system is what a solver integrates; it holds the user's network and knows nothing of methods. The state of a
+first-order system is a tensor y, that of a momentum system a pair (x, m) of tensors of one shape. Solvers see either as
+one tensor ``[rows, N]``: one row for y, two for (x, m).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast, overload
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,11 @@ from nesterov_triton._names import lookup
 Field: TypeAlias = Callable[..., Tensor]
 Form: TypeAlias = Literal["absorbed", "exact"]
 Number: TypeAlias = float | Tensor
+N = TypeVar("N", float, Tensor)
 Xi: TypeAlias = float | Literal["learnable"]
 
 
-@dataclass(frozen=True)
-class Coefficients:
+class Coefficients(NamedTuple, Generic[N]):
     """What a momentum system's right-hand side needs of the time alone: numbers at one time, or tensors [s] at s times.
 
     Attributes:
@@ -50,10 +50,10 @@ class Coefficients:
         q, minus_gamma: the factors of x and m in m'; both None where both are 0.
     """
 
-    scale: Number | None
-    drive: Number | None
-    q: Number | None
-    minus_gamma: Number | None
+    scale: N | None
+    drive: N | None
+    q: N | None
+    minus_gamma: N | None
 
 
 class System(nn.Module):
@@ -99,8 +99,8 @@ class Momentum(System):
         gate_x: σ_x, applied to m in x' and to k(t) in κ.
         gate_f: σ_f, applied to f.
         xi: ξ as a number ≥ 0, or "learnable": softplus of a parameter, 0.5 at the start.
-        form: "absorbed" (the network stands for everything but damping and residual) or "exact" (Nesterov only: it stands
-            for F alone).
+        form: "absorbed" (the network stands for everything but damping and residual) or "exact" (Nesterov only: it
+            stands for F alone).
         sees_momentum: call the network as f(t, h, m).
 
     Raises:
@@ -183,10 +183,14 @@ class Momentum(System):
         kappa = self.gate_x(k)
         return kappa, self.gate_x.pullback(k * (0.5 - 1.5 / t), k, kappa)
 
-    def coefficients(self, t: Number, damping: Number, xi: Number) -> Coefficients:
-        """The right-hand side's time-dependent factors: for a number, numbers; for times [s], float64 on the CPU, tensors
-        [s], differentiable."""
-        scale: Number | None = None
+    @overload
+    def coefficients(self, t: float, damping: float, xi: float) -> Coefficients[float]: ...
+    @overload
+    def coefficients(self, t: Tensor, damping: Number, xi: Number) -> Coefficients[Tensor]: ...
+    def coefficients(self, t: Any, damping: Any, xi: Any) -> Coefficients[Any]:
+        """The right-hand side's time-dependent factors: for a number, numbers; for times [s], float64 on the CPU,
+        tensors [s], differentiable."""
+        scale = None
         if self.nesterov:
             k = nesterov_scale(t)
             scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
@@ -202,8 +206,8 @@ class Momentum(System):
     def initial_state(self, h: Tensor, velocity: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x, m) at time `t` from features and an initial velocity, all of h's shape (zeros without a velocity).
 
-        In the absorbed form and for the heavy-ball models the velocity is m itself; in the exact form it is h'(t), so that
-        m = (h' - κ'(t) x) / κ(t) with x = h / κ(t).
+        In the absorbed form and for the heavy-ball models the velocity is m itself; in the exact form it is h'(t), so
+        that m = (h' - κ'(t) x) / κ(t) with x = h / κ(t).
         """
         v = torch.zeros_like(h) if velocity is None else velocity
         if not self.nesterov:

@@ -282,8 +282,8 @@ _BOSH3 = Tableau(
     interpolant_order=3,
 )
 
-# DP's RK5(4)7M with Shampine's embedded weights (1951/21600, 0, 22642/50085, 451/720, -12231/42400, 649/6300, 1/60), as in
-# torchdiffeq, so that a tolerance means the same steps in both; DP's own give this estimate times 3/2. Dense output:
+# DP's RK5(4)7M with Shampine's embedded weights (1951/21600, 0, 22642/50085, 451/720, -12231/42400, 649/6300, 1/60), as
+# in torchdiffeq, so that a tolerance means the same steps in both; DP's own give this estimate times 3/2. Dense output:
 # Shampine; HNW II.6.
 _DOPRI5 = Tableau(
     name="dopri5",

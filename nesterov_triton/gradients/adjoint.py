@@ -1,9 +1,10 @@
 """The continuous adjoint: a second solve, backward in time, of state and cotangent together.
 
-With a = ∂L/∂z the adjoint of z' = F(t, z) is a' = -(∂F/∂z)ᵀ a. For the momentum family this is again a momentum system with the
-same damping, coupling and residual (Nguyen et al. 2022), and the transpose in `Flow.pullback` is its right-hand side. The
-cotangents of parameters and scalars are quadratures: nothing depends on them, so they are summed over the accepted steps
-beside the solve and stay out of its error norm (Kidger, Chen, Lyons 2021, "Hey, that's not an ODE").
+With a = ∂L/∂z the adjoint of z' = F(t, z) is a' = -(∂F/∂z)ᵀ a. For the momentum family this is again a momentum system
+with the same damping, coupling and residual (Nguyen et al. 2022), and the transpose in `Flow.pullback` is its
+right-hand side.
+The cotangents of parameters and scalars are quadratures: nothing depends on them, so they are summed over the accepted
+steps beside the solve and stay out of its error norm (Kidger, Chen, Lyons 2021, "Hey, that's not an ODE").
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class Adjoint:
     def solve(self, problem: Problem) -> list[Tensor]:
         """The states at the requested times after the first, [D] each, with their graph."""
         rest = (*problem.scalars.values(), *problem.params)
-        return list(
-            _Adjoint.apply(problem, self.backward_problem(problem), self, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
-        )
+        back = self.backward_problem(problem)
+        states = _Adjoint.apply(problem, back, self, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
+        return list(states)
 
     def backward_problem(self, problem: Problem) -> Problem:
         """Method and tolerances of the backward solve.
@@ -71,7 +72,9 @@ class Adjoint:
             return replace(problem, tableau=tableau, tolerance=None)
         own = problem.tolerance
         if own is None and (self.rtol is None or self.atol is None):
-            raise ValueError(f"Adjoint method {tableau.name!r} is adaptive and the forward one is not: give it rtol and atol")
+            raise ValueError(
+                f"Adjoint method {tableau.name!r} is adaptive and the forward one is not: give it rtol and atol"
+            )
         rtol = self.rtol if self.rtol is not None else own.rtol  # type: ignore[union-attr]
         atol = self.atol if self.atol is not None else own.atol  # type: ignore[union-attr]
         twice = [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in (rtol, atol)]
@@ -90,7 +93,7 @@ class _Adjoint(torch.autograd.Function):
         return tuple(states)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.back
         states = ctx.saved_tensors[len(problem.scalars) + len(problem.params) :]
@@ -134,9 +137,7 @@ def _solve_back(
         stepper.restart()
         joint = torch.cat((states[k], adjoint))
         try:
-            (end,) = integrate(
-                stepper, joint, (times[k], times[k - 1]), problem.options, progress, dynamics.on_accept
-            )
+            (end,) = integrate(stepper, joint, (times[k], times[k - 1]), problem.options, progress, dynamics.on_accept)
         except SolveError as e:
             raise SolveError(e.status, e.t, e.dt, e.steps, where="the adjoint's backward solve") from None
         adjoint = end[states[0].numel() :]
@@ -181,9 +182,7 @@ class _AdjointDynamics:
         if not self._checked:
             check_leaves(flow, lin)
             self._checked = True
-        self.kept[i] = flow.pullback(
-            at, i, lin, Row.of(adjoint, flow.rows), of_state, wrt_params=self._weighted[i]
-        )
+        self.kept[i] = flow.pullback(at, i, lin, Row.of(adjoint, flow.rows), of_state, wrt_params=self._weighted[i])
         of_state.flat.neg_()
         return out.parts
 
@@ -207,12 +206,13 @@ class _WithQuadratures(ExplicitRK):
         totals = dynamics.totals
         if not totals.params:
             return norm
-        kept = [
-            torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(totals.params, c.params, strict=True)])
-            if c.params
-            else torch.zeros(sum(p.numel() for p in totals.params), dtype=z.dtype, device=z.device)
-            for c in dynamics.kept
-        ]
+        nothing = torch.zeros(sum(p.numel() for p in totals.params), dtype=z.dtype, device=z.device)
+
+        def flat(c: Cotangents) -> Tensor:
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(totals.params, c.params, strict=True)]
+            return torch.cat([x.reshape(-1) for x in parts])
+
+        kept = [flat(c) if c.params else nothing for c in dynamics.kept]
         stages = torch.stack(kept)
         rows = torch.tensor([tableau.b, *tableau.error], dtype=z.dtype, device=z.device) * self.dt
         change, errors = torch.split(torch.mm(rows, stages), [1, len(tableau.error)])

@@ -25,5 +25,5 @@ class Backprop:
         def count(_: Tensor) -> None:
             stats.nfe_backward += 1
 
-        flow.on_output = lambda u: u.register_hook(count)
+        flow.on_output = lambda u: u.register_hook(count)  # type: ignore[no-untyped-call]
         return forward(problem, flow, differentiable=True)

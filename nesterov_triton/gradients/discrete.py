@@ -1,13 +1,13 @@
 """The exact gradient of the accepted steps.
 
-The forward pass keeps the state at the start of each accepted step. The backward pass takes the steps in reverse: it computes
-a step's stages again, each with the network's graph, and then transposes the step by hand. With λ the cotangent of the new
-state and c_i those of the stages' states,
+The forward pass keeps the state at the start of each accepted step. The backward pass takes the steps in reverse: it
+computes a step's stages again, each with the network's graph, and then transposes the step by hand. With λ the
+cotangent of the new state and c_i those of the stages' states,
 
     c(k_i) = dt ( b_i λ + Σ_j>i a_ji c_j ),      c_i = (∂F/∂z)ᵀ c(k_i),      λ ← λ + Σ_i c_i.
 
-Step sizes count as constants: the whole grid moves with the first time, and the last step ends at the last time. Memory is one
-state an accepted step, and one step's graph.
+Step sizes count as constants: the whole grid moves with the first time, and the last step ends at the last time. Memory
+is one state an accepted step, and one step's graph.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from nesterov_triton.tableaus import Tableau
 
 @dataclass(frozen=True)
 class Discrete:
-    """Gradient of the computed solution itself: exact to rounding, no error control and no rejected step in the backward
-    pass. Memory: one state for each accepted step. The default.
+    """Gradient of the computed solution itself: exact to rounding, no error control and no rejected step in the
+    backward pass. Memory: one state for each accepted step. The default.
 
     The field must give the same output when it is called again with the same input (no dropout inside).
     """
 
     def solve(self, problem: Problem) -> list[Tensor]:
         """The states at the requested times after the first, [D] each, with their graph."""
-        return list(
-            _Discrete.apply(problem, problem.z, problem.times, *problem.scalars.values(), *problem.params)  # type: ignore[no-untyped-call]
-        )
+        rest = (*problem.scalars.values(), *problem.params)
+        states = _Discrete.apply(problem, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
+        return list(states)
 
 
 class _Discrete(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _Discrete(torch.autograd.Function):
         return tuple(states)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.problem
         saved = ctx.saved_tensors
@@ -122,7 +122,7 @@ class ReverseSweep:
         at = flow.at(times)
 
         # Forward again, with the network's graph at every stage.
-        lins: list[Linearisation | None] = []
+        lins: list[Linearisation] = []
         for i in range(step.stages):
             stage = z if i == 0 else runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i])
             lin = flow.linearise(at, i, flow.open(stage), step.slopes[i], step.values[i])
@@ -145,9 +145,8 @@ class ReverseSweep:
             of_slope = torch.mv(step.later_cotangents[i], step.backward[i])
             if flow.time_grads:
                 moments += float(torch.dot(of_slope, step.all_slopes[i]))
-            lin, lins[i] = lins[i], None  # the stage's graph goes with it
-            assert lin is not None
-            found.append(flow.pullback(at, i, lin, Row.of(of_slope, flow.rows), step.cotangents[i]))
+            # Popped, so that the stage's graph goes when it has been used.
+            found.append(flow.pullback(at, i, lins.pop(), Row.of(of_slope, flow.rows), step.cotangents[i]))
         found.reverse()
         self.totals.add_params(found)
         of_times = self.totals.add_coefficients(times, found)

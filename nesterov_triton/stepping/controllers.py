@@ -16,8 +16,8 @@ from nesterov_triton._names import lookup
 class Integral:
     """dt ← dt · clip(safety · E^(-1/q), min_factor, max_factor), no growth right after a rejection.
 
-    The elementary controller (Hairer, Nørsett, Wanner, Solving ODEs I, II.4), and torchdiffeq's; q is the embedded order
-    plus one.
+    The elementary controller (Hairer, Nørsett, Wanner, Solving ODEs I, II.4), and torchdiffeq's; q is the embedded
+    order plus one.
 
     Raises:
         ValueError: not 0 < safety < 1, or not 0 < min_factor < 1 < max_factor.
@@ -57,12 +57,14 @@ class Integral:
         highest = 1.0 if after_rejection or not accepted else self.max_factor
         if error == 0:
             return highest
-        return min(max(self.safety * error**-alpha * previous**beta, self.min_factor), highest)
+        wanted: float = self.safety * error**-alpha * previous**beta
+        return min(max(wanted, self.min_factor), highest)
 
 
 @dataclass(frozen=True)
 class PI(Integral):
-    """dt ← dt · clip(safety · E_n^(-α/q) E_{n-1}^(β/q), ...): smoother step sizes, fewer rejections where the error varies.
+    """dt ← dt · clip(safety · E_n^(-α/q) E_{n-1}^(β/q), ...): smoother step sizes, fewer rejections where the error
+    varies.
 
     Defaults α = 0.7, β = 0.4 (Gustafsson 1991). After a rejection the elementary rule is used.
 

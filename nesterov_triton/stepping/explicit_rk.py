@@ -1,8 +1,8 @@
 """One explicit Runge-Kutta step on a flat state, [D].
 
-Stages are stored stage-major, so that Σ_j a_ij k_j is one matrix-vector product over contiguous memory. The storage is either
-a buffer that lives as long as the solve, or, when plain autograd is to see every operation, a list of fresh tensors; the
-arithmetic is the same and gives the same bits.
+Stages are stored stage-major, so that Σ_j a_ij k_j is one matrix-vector product over contiguous memory. The storage is
+either a buffer that lives as long as the solve, or, when plain autograd is to see every operation, a list of fresh
+tensors; the arithmetic is the same and gives the same bits.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Tolerance:
 class TimeAxis:
     """The differentiable times of a solve: its steps move with the first time, and the last step ends at the last time.
 
-    Step sizes themselves are constants. What a step sees is the float plus a zero that carries the gradient, so that values
-    do not depend on whether gradients are wanted.
+    Step sizes themselves are constants. What a step sees is the float plus a zero that carries the gradient, so that
+    values do not depend on whether gradients are wanted.
 
     Args:
         times: [n], float64 on the CPU.

@@ -14,8 +14,8 @@ from nesterov_triton.stepping.explicit_rk import ExplicitRK
 def initial_step(stepper: ExplicitRK, t: float, end: float, z: Tensor) -> float:
     """A first step size > 0, at most the interval; NaN where the right-hand side is not finite at the start.
 
-    Costs one evaluation of the right-hand side beyond the one that the first step needs anyway. The trial point stays inside
-    the interval.
+    Costs one evaluation of the right-hand side beyond the one that the first step needs anyway. The trial point stays
+    inside the interval.
     """
     first = stepper.first_derivative(t, z)  # part of the solution, so outside no_grad
     with torch.no_grad():

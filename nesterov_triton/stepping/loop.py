@@ -1,7 +1,7 @@
 """The loops: from the first requested time to the last, step by step.
 
-A loop decides; it knows neither the method nor the right-hand side nor who differentiates it. What a gradient strategy needs
-of the accepted steps it gets through `on_accept`.
+A loop decides; it knows neither the method nor the right-hand side nor who differentiates it. What a gradient strategy
+needs of the accepted steps it gets through `on_accept`.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def integrate(
 ) -> list[Tensor]:
     """The states, [D] each, at times[1:], from the state `z` at times[0].
 
-    Requested times never change the steps taken; the last one ends the last step. `progress` is counted on, and its `dt`,
-    if it has one, is the first step to try.
+    Requested times never change the steps taken; the last one ends the last step. `progress` is counted on, and its
+    `dt`, if it has one, is the first step to try.
 
     Raises:
         SolveError: the last time was not reached; the error carries the states that were.
@@ -110,7 +110,9 @@ def _adaptive(
             raise fail(Status.NON_FINITE, 0.0)
     while True:
         # A last step up to 1 % longer than planned rather than a sliver after it; the error is controlled all the same.
-        t1 = end if 1.01 * abs(dt) >= abs(end - t) else t + dt
+        # Not after a rejection: stretched back to what was rejected, it would be tried for ever.
+        stretch = 1.0 if after_rejection else 1.01
+        t1 = end if stretch * abs(dt) >= abs(end - t) else t + dt
         h = t1 - t
         if progress.attempted >= options.max_steps:
             raise fail(Status.MAX_STEPS, h)

@@ -1,7 +1,7 @@
 """Torch reference of the momentum right-hand side.
 
-Shapes: N is the number of elements of h. A `Row` has 2 N elements, the part of x and the part of m; everything else is [N]
-unless said otherwise.
+Shapes: N is the number of elements of h. A `Row` has 2 N elements, the part of x and the part of m; everything else is
+[N] unless said otherwise.
 """
 
 from __future__ import annotations

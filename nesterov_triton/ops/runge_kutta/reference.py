@@ -39,4 +39,5 @@ def scaled_squares(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Ten
     errors.div_(scale)
     if len(errors) == 1:  # half the time of a norm along a dimension
         return torch.mv(errors, errors[0])
-    return torch.linalg.vector_norm(errors, dim=1).square()
+    squares: Tensor = torch.linalg.vector_norm(errors, dim=1).square()
+    return squares
