@@ -1,8 +1,7 @@
 """A system bound to one solve: shapes, dtype, the damping's and residual's values, the count of evaluations.
 
 The flow turns stage times into coefficients, calls the user's network and checks what it returns, and gives the
-right-hand
-side in the three forms the rest needs: its value, its value with the network's graph kept, and its transpose.
+right-hand side in the three forms the rest needs: its value, its value with the network's graph kept, and its transpose.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from nesterov_triton.ops import momentum
 from nesterov_triton.ops.rows import Row
-from nesterov_triton.systems import Coefficients, FirstOrder, Momentum, System
+from nesterov_triton.systems import Coefficients, Momentum, System
 
 
 class OpenState(NamedTuple):
@@ -298,112 +297,5 @@ class Flow:
         return through, grads[n], grads[n + 1 :]
 
 
-class Totals:
-    """Sums, over stages and steps, of the cotangents of everything but the state.
-
-    Attributes:
-        params: [one tensor or None for each of Flow.params].
-        scalars: by name, 0-d float64.
-    """
-
-    def __init__(self, flow: Flow) -> None:
-        self.flow = flow
-        self.params = [torch.zeros_like(p) for p in flow.params]
-        self.scalars = {name: torch.zeros((), dtype=torch.float64) for name in flow.scalars}
-
-    def add_params(self, stages: Sequence[Cotangents], weights: Sequence[float] | None = None) -> None:
-        """Add each stage's parameter cotangents, times its weight (1 without)."""
-        for i, stage in enumerate(stages):
-            weight = 1.0 if weights is None else weights[i]
-            if weight == 0.0 or not stage.params:
-                continue
-            have = [(p, g) for p, g in zip(self.params, stage.params, strict=True) if g is not None]
-            if have:
-                torch._foreach_add_([p for p, _ in have], [g for _, g in have], alpha=weight)
-
-    def add_coefficients(
-        self, times: Sequence[float], stages: Sequence[Cotangents], weights: Sequence[float] | None = None
-    ) -> Tensor | None:
-        """Pull the stages' coefficient cotangents back to the scalars; return those of `times` if they are wanted,
-        [s]."""
-        flow = self.flow
-        if not flow.coefficient_grads and not flow.time_grads:
-            return None
-        of_times = self._pull(torch.tensor(times, dtype=torch.float64), stages, weights)
-        if of_times is not None:
-            for i, stage in enumerate(stages):
-                if stage.time is not None:
-                    of_times[i] += stage.time.to(of_times)
-        return of_times
-
-    def _pull(self, times: Tensor, stages: Sequence[Cotangents], weights: Sequence[float] | None) -> Tensor | None:
-        flow = self.flow
-        leaf = times.detach().requires_grad_(flow.time_grads)
-        with torch.enable_grad():
-            # The scalars here are leaves of this solve: what leads to them is the caller's graph.
-            values = flow.coefficients(leaf)
-        outputs, grads = [], []
-        q_and_gamma = [(None, None) if c.linear is None else c.linear.unbind(0) for c in stages]
-        for value, found in (
-            (values.scale, [c.scale for c in stages]),
-            (values.drive, [c.drive for c in stages]),
-            (values.q, [q for q, _ in q_and_gamma]),
-            (values.minus_gamma, [g for _, g in q_and_gamma]),
-        ):
-            if value is None or not value.requires_grad:
-                continue
-            zero = value.new_zeros(())
-            grad = torch.stack([zero if x is None else x.to(zero) for x in found])
-            outputs.append(value)
-            grads.append(grad if weights is None else grad * torch.tensor(weights, dtype=grad.dtype))
-        names = list(flow.scalars)
-        inputs = [flow.scalars[n] for n in names] + ([leaf] if flow.time_grads else [])
-        if not outputs or not inputs:
-            return torch.zeros_like(times) if flow.time_grads else None
-        pulled = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-        for name, g in zip(names, pulled, strict=False):
-            if g is not None:
-                self.scalars[name] += g
-        if not flow.time_grads:
-            return None
-        last = pulled[-1]
-        return torch.zeros_like(times) if last is None else last
-
-
-def unseen_leaves(u: Tensor, seen: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves of u's autograd graph that need gradients and are not among `seen`: tensors a closure brought in."""
-    known = {id(t) for t in seen}
-    stops = {t.grad_fn for t in seen if t.grad_fn is not None}  # what made a tensor that is seen is not looked into
-    found: list[Tensor] = []
-    stack: list[Any] = [u.grad_fn]
-    visited = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited or node in stops:
-            continue
-        visited.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            found.append(leaf)
-        stack.extend(following for following, _ in node.next_functions)
-    return found
-
-
-def trainable(field: Callable[..., Tensor], extra: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """The field's parameters that need gradients, and the tensors in `extra` that do, each once."""
-    own = list(field.parameters()) if isinstance(field, nn.Module) else []
-    seen: dict[int, Tensor] = {id(p): p for p in (*own, *extra) if p.requires_grad}
-    return tuple(seen.values())
-
-
 def _name(field: object) -> str:
     return type(field).__name__ if isinstance(field, nn.Module) else getattr(field, "__name__", type(field).__name__)
-
-
-def as_system(system: object) -> System:
-    """The system itself, or a plain callable f(t, y) as a first-order system."""
-    if isinstance(system, System):
-        return system
-    if callable(system):
-        return FirstOrder(system)
-    raise TypeError(f"system must be a nesterov_triton system or a callable f(t, y), got {type(system).__name__}")

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gradients, tableaus
-from nesterov_triton.flow import as_system, trainable
-from nesterov_triton.gradients.common import refuse_gradients
-from nesterov_triton.gradients.problem import Problem, forward
+from nesterov_triton.gradients.leaves import refuse_gradients
+from nesterov_triton.gradients.problem import Problem, forward, trainable
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
 from nesterov_triton.stepping.explicit_rk import Tolerance
 from nesterov_triton.stepping.loop import LoopOptions
-from nesterov_triton.systems import System
+from nesterov_triton.systems import System, as_system
 from nesterov_triton.tableaus import Tableau
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -187,7 +186,7 @@ def run(
     for i, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
-    z = torch.stack(tuple(state)).view(-1) if isinstance(state, tuple | list) else state.reshape(-1)
+    z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1)
     stats = Stats()
     kind = h.device.type
     problem = Problem(

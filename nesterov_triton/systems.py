@@ -88,6 +88,15 @@ class FirstOrder(System):
     """y' = f(t, y) for a tensor y of any shape."""
 
 
+def as_system(system: object) -> System:
+    """The system itself, or a plain callable f(t, y) as a first-order system."""
+    if isinstance(system, System):
+        return system
+    if callable(system):
+        return FirstOrder(system)
+    raise TypeError(f"system must be a nesterov_triton system or a callable f(t, y), got {type(system).__name__}")
+
+
 class Momentum(System):
     """The momentum family; see the module's table. Built by the functions below.
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nesterov_triton import tableaus
-from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes, Totals
-from nesterov_triton.gradients.common import check_leaves
+from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
+from nesterov_triton.gradients.leaves import check_leaves
 from nesterov_triton.gradients.problem import Problem, forward
+from nesterov_triton.gradients.totals import Totals
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, Tolerance, error_norm, stage_times

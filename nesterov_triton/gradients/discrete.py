@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nesterov_triton.flow import Cotangents, Flow, Linearisation, Totals
-from nesterov_triton.gradients.common import check_leaves
+from nesterov_triton.flow import Cotangents, Flow, Linearisation
+from nesterov_triton.gradients.leaves import check_leaves
 from nesterov_triton.gradients.problem import Problem, forward
+from nesterov_triton.gradients.totals import Totals
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.stepping.explicit_rk import dense_output, stage_times

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nesterov_triton.flow import Flow
-from nesterov_triton.status import SolveError, Stats
+from nesterov_triton.status import Stats
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, TimeAxis, Tolerance
 from nesterov_triton.stepping.loop import LoopOptions, OnAccept, Progress, integrate
 from nesterov_triton.systems import System
@@ -61,6 +61,13 @@ class Problem:
         return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
+def trainable(field: Callable[..., Tensor], extra: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """The field's parameters that need gradients, and the tensors in `extra` that do, each once."""
+    own = list(field.parameters()) if isinstance(field, nn.Module) else []
+    seen: dict[int, Tensor] = {id(p): p for p in (*own, *extra) if p.requires_grad}
+    return tuple(seen.values())
+
+
 def forward(
     problem: Problem, flow: Flow, on_accept: OnAccept | None = None, *, differentiable: bool = False
 ) -> list[Tensor]:
@@ -89,6 +96,3 @@ def forward(
         problem.stats.nfe_forward += flow.evaluations
         problem.stats.accepted += progress.accepted
         problem.stats.rejected += progress.rejected
-
-
-__all__ = ["Problem", "SolveError", "forward"]

@@ -1,4 +1,4 @@
-"""What the strategies that evaluate the field again in the backward pass have in common."""
+"""Tensors that need gradients and that a strategy cannot see: found, and refused, instead of silently getting none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nesterov_triton import gates
-from nesterov_triton.flow import Flow, Linearisation, unseen_leaves
+from nesterov_triton.flow import Flow, Linearisation
 from nesterov_triton.systems import Momentum
 
 
@@ -33,6 +33,25 @@ def refuse_gradients(states: Sequence[Tensor], u: Tensor) -> list[Tensor]:
     """The states, such that a backward pass through them raises: the field's output `u` has a graph that they lack."""
     anchor = torch.zeros((), requires_grad=True)
     return list(_Refuse.apply(_lost(unseen_leaves(u, ())), anchor, *states))  # type: ignore[no-untyped-call]
+
+
+def unseen_leaves(u: Tensor, seen: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of u's autograd graph that need gradients and are not among `seen`: tensors a closure brought in."""
+    known = {id(t) for t in seen}
+    stops = {t.grad_fn for t in seen if t.grad_fn is not None}  # what made a tensor that is seen is not looked into
+    found: list[Tensor] = []
+    stack: list[Any] = [u.grad_fn]
+    visited = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited or node in stops:
+            continue
+        visited.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            found.append(leaf)
+        stack.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def _check_gate(gate: gates.Elementwise, flow: Flow) -> None:
