@@ -1,0 +1,406 @@
+"""The layers as modules: what users do with any `nn.Module`, and what is particular to these."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import GRADIENTS, METHODS, MODELS, MOMENTUM, Field, Recorder, features, options_for
+from torch import nn
+
+import nesterov_triton as nt
+
+
+class Net(nn.Module):
+    """A float32 field for any model; module-level, so that it can be pickled."""
+
+    def __init__(self, n: int = 3, *, sees_momentum: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n * (2 if sees_momentum else 1), n)
+
+    def forward(self, t, h, m=None):
+        return torch.tanh(self.linear(h if m is None else torch.cat((h, m), -1)) + t)
+
+
+def layer_of(name: str, **options) -> nn.Module:
+    model = MODELS[name]
+    return model.build(Net(3 + model.augment, sees_momentum=model.sees_momentum), **model.keywords, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dict_round_trip(name):
+    layer, other = layer_of(name), layer_of(name)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p))
+    h = torch.randn(4, 3)
+    assert not torch.equal(layer(h), other(h))
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    assert not other.load_state_dict(torch.load(buffer, weights_only=True)).missing_keys
+    assert torch.equal(layer(h), other(h))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_equal_and_apart(name, make_copy):
+    layer = layer_of(name, gradient=nt.gradients.Adjoint(), controller="pi", atol=torch.full((1,), 1e-4))
+    h = torch.randn(4, 3)
+    layer(h).sum().backward()  # a layer that has been used
+    twin = make_copy(layer)
+    assert torch.equal(twin(h), layer(h))
+    assert repr(twin) == repr(layer)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(1.0)
+    assert not torch.equal(twin(h), layer(h))
+
+
+def test_pickle_with_a_named_function_as_gate():
+    layer = nt.GHBNODE(Net(), torch.tanh)
+    h = torch.randn(4, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(h), layer(h))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_repr_says_how_it_solves(name):
+    text = repr(layer_of(name, method="tsit5", rtol=1e-3, atol=1e-4, gradient="adjoint"))
+    for word in ("tsit5", "rtol=0.001", "atol=0.0001", "adjoint", name.split("-")[0]):
+        assert word in text
+    text = repr(layer_of(name, method="rk4", step_size=0.125))
+    assert "rk4" in text
+    assert "step_size=0.125" in text
+    assert "rtol" not in text
+    if name == "ANODE":
+        assert "augment=2" in text
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_stats(name, gradient):
+    layer = layer_of(name, gradient=gradient)
+    h = torch.randn(4, 3)
+    out = layer(h)
+    stats = layer.stats
+    counts = (stats.nfe_forward, stats.nfe_backward, stats.accepted, stats.rejected)
+    assert all(type(c) is int for c in counts)
+    assert counts[0] > 0
+    assert counts[1] == 0
+    assert counts[2] > 0
+    out.sum().backward()
+    assert layer.stats.nfe_backward > 0
+    assert layer.stats.nfe_forward == counts[0]
+    layer(h)  # the next call starts over and leaves the old counts alone
+    assert layer.stats is not stats
+    assert layer.stats.nfe_backward == 0
+    with torch.no_grad():
+        layer(h)
+    assert (layer.stats.nfe_forward, layer.stats.accepted, layer.stats.rejected) == (counts[0], *counts[2:])
+
+
+def test_layers_have_the_parameters_they_should():
+    own = {
+        "NODE": 0,
+        "ANODE": 0,
+        "SONODE": 0,
+        "HBNODE": 1,
+        "GHBNODE": 2,
+        "NesterovNODE": 0,
+        "NesterovNODE-exact": 0,
+        "GNesterovNODE": 1,
+        "GNesterovNODE-exact": 1,
+    }
+    for name, count in own.items():
+        layer = layer_of(name)
+        field = {id(p) for p in layer.field.parameters()}
+        extra = [p for p in layer.parameters() if id(p) not in field]
+        assert len(extra) == count
+        assert all(p.shape == () for p in extra)
+    assert len(list(nt.GHBNODE(Net(), xi=0.3).parameters())) == 2 + 1
+    assert len(list(nt.GNesterovNODE(Net(), xi=0.3).parameters())) == 2
+
+
+@pytest.mark.parametrize("raw", [-30.0, -3.0, 0.0, 4.0, 30.0])
+def test_damping_and_residual_stay_in_their_ranges(raw):
+    layer = nt.GHBNODE(Net())
+    with torch.no_grad():
+        layer.system.raw_damping.fill_(raw)
+        layer.system.raw_xi.fill_(raw)
+        assert 0 <= layer.system.damping.item() <= 1
+        assert layer.system.xi.item() >= 0
+        assert layer.system.damping.item() == pytest.approx(torch.sigmoid(torch.tensor(raw)).item())
+        assert layer.system.xi.item() == pytest.approx(nn.functional.softplus(torch.tensor(raw)).item())
+        assert bool(torch.isfinite(layer(torch.randn(2, 3))).all())
+    assert nt.GHBNODE(Net(), xi=0.25).system.xi == 0.25
+
+
+@pytest.mark.parametrize("name", ["GHBNODE", "GNesterovNODE"])
+def test_training_moves_every_parameter(name):
+    layer = layer_of(name, initial_velocity=nn.Linear(3, 3))
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.05)
+    h, target = torch.randn(16, 3), torch.randn(16, 3)
+    before = [p.detach().clone() for p in layer.parameters()]
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = (layer(h) - target).pow(2).mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(not torch.equal(p, b) for p, b in zip(layer.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", ["NODE", "GNesterovNODE"])
+def test_times_as_a_parameter_are_trained(name, gradient):
+    layer = layer_of(name, t=nn.Parameter(torch.tensor([1.0, 1.5])), gradient=gradient)
+    assert any(p is layer.t for p in layer.parameters())
+    assert "t" in layer.state_dict()
+    h = torch.randn(8, 3)
+    with torch.no_grad():
+        target = layer(h, t=(1.0, 2.0))
+    for p in layer.field.parameters():
+        p.requires_grad_(False)
+    optimiser = torch.optim.Adam([layer.t], lr=0.05)
+    for _ in range(60):
+        optimiser.zero_grad()
+        ((layer(h, t=torch.stack((layer.t.new_tensor(1.0), layer.t[1]))) - target) ** 2).sum().backward()
+        optimiser.step()
+    assert layer.t[1].item() == pytest.approx(2.0, abs=0.02)
+    layer(h).sum().backward()  # and as its own times
+    assert layer.t.grad is not None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_times_for_one_call(name):
+    layer = layer_of(name, t=(1.0, 2.0))
+    h = torch.randn(4, 3)
+    out = layer(h)
+    several = layer(h, t=[1.0, 1.5, 2.0])
+    assert several.shape == (3, *out.shape)
+    assert torch.equal(several[-1], out)
+    assert torch.equal(layer(h, t=torch.tensor([1.0, 1.5, 2.0])), several)
+    assert torch.equal(layer(h), out)
+    torch.testing.assert_close(several[0][:, :3], h)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_grad_and_inference_mode(name):
+    layer = layer_of(name)
+    h = torch.randn(4, 3)
+    expected = layer(h)
+    assert expected.requires_grad
+    with torch.no_grad():
+        out = layer(h)
+    assert not out.requires_grad
+    assert torch.equal(out, expected)
+    with torch.inference_mode():
+        assert torch.equal(layer(h), expected)
+        assert layer(h[:0]).shape == expected[:0].shape
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dtype_follows_the_module(name):
+    layer = layer_of(name, rtol=1e-5, atol=1e-5)
+    h = torch.randn(4, 3)
+    single = layer(h)
+    assert single.dtype == torch.float32
+    layer.double()
+    double = layer(h.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer.float()(h), single)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision(name, dtype, gradient):
+    """To the accuracy of the dtype, at the default tolerances, forward and backward."""
+    layer = layer_of(name, gradient=gradient).to(dtype)
+    reference = copy.deepcopy(layer).double()
+    h = torch.randn(4, 3).to(dtype).requires_grad_()
+    wide = h.detach().double().requires_grad_()
+    out, expected = layer(h), reference(wide)
+    assert out.dtype == dtype
+    limit = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=limit, atol=limit)
+    out.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(h.grad.double(), wide.grad, rtol=3 * limit, atol=3 * limit)
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", ["NODE", "SONODE", "GNesterovNODE"])
+def test_autocast_is_for_the_field_alone(name, gradient, backward_inside):
+    """The solver keeps the state's dtype; the backward pass runs the field as the forward pass did."""
+    layer = (
+        layer_of(name, gradient=gradient, initial_velocity=nn.Linear(3, 3))
+        if name != "NODE"
+        else layer_of(name, gradient=gradient)
+    )
+    seen = []
+    layer.field.linear.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    h = torch.randn(4, 3, requires_grad=True)
+    reference = layer(h)
+    (expected,) = torch.autograd.grad(reference.sum(), layer.field.linear.weight)
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(h)
+        if backward_inside:
+            out.sum().backward()
+    if not backward_inside:
+        out.sum().backward()
+    assert out.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(out, reference, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(layer.field.linear.weight.grad, expected, rtol=0.1, atol=0.1)
+
+
+# --- particular layers
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 3), 1), ((2, 3, 5, 5), 1), ((2, 5, 3), -1), ((3,), 0)])
+def test_anode_pads_with_zeros_and_returns_all_of_it(shape, dim):
+    field = Recorder(lambda t, h: torch.ones_like(h))
+    h = torch.randn(shape)
+    out = nt.ANODE(field, augment=2, dim=dim)(h)
+    padded = field.features[0]
+    expected = list(shape)
+    expected[dim] += 2
+    assert list(out.shape) == list(padded.shape) == expected
+    assert torch.equal(padded.narrow(dim, 0, shape[dim]), h)
+    assert bool((padded.narrow(dim, shape[dim], 2) == 0).all())
+    torch.testing.assert_close(out, padded + 1)
+
+
+def test_sonode_sees_the_momentum():
+    """h'' = -m from rest at h = 1 with velocity 1: h = 2 - e^-(t - 1)."""
+    seen = []
+
+    def field(t, h, m):
+        seen.append(m)
+        return -m
+
+    layer = nt.SONODE(field, initial_velocity=lambda h: torch.ones_like(h), rtol=1e-8, atol=1e-8)
+    h, v = layer(torch.ones(2, 2, dtype=torch.float64), return_velocity=True)
+    e = torch.exp(torch.tensor(-1.0, dtype=torch.float64))
+    torch.testing.assert_close(h, (2 - e).expand(2, 2))
+    torch.testing.assert_close(v, e.expand(2, 2))
+    assert seen[0].shape == (2, 2)
+    assert bool((seen[0] == 1).all())
+
+
+@pytest.mark.parametrize("name", MOMENTUM)
+def test_velocity_is_the_derivative_of_the_output(name):
+    layer = MODELS[name].layer(method="dopri8", rtol=1e-10, atol=1e-10)
+    h = features(3, 2)
+    d = 1e-3
+    with torch.no_grad():
+        hs, vs = layer(h, t=(1.0, 1.5 - 2 * d, 1.5 - d, 1.5, 1.5 + d, 1.5 + 2 * d, 2.0), return_velocity=True)
+    numeric = (8 * (hs[4] - hs[2]) - (hs[5] - hs[1])) / (12 * d)
+    torch.testing.assert_close(vs[3], numeric, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in MOMENTUM if n not in ("SONODE",)])
+def test_one_learnable_initial_velocity_gets_gradients(name):
+    start = nn.Linear(3, 3)
+    layer = layer_of(name, initial_velocity=start)
+    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in layer_of(name).parameters()) + 12
+    layer(torch.randn(4, 3)).sum().backward()
+    assert float(start.weight.grad.abs().max()) > 0
+
+
+def test_layers_are_thin_over_solve():
+    field = Field()
+    h, m = features(3, 2), features(3, 2, seed=3)
+    layer = nt.GNesterovNODE(field, "tanh", 0.2, t=(1.0, 1.4, 2.0), initial_velocity=lambda _: m).double()
+    system = nt.systems.gnesterov(field, "tanh", 0.2)
+    state = system.initial_state(h, m, torch.tensor(1.0, dtype=torch.float64))
+    solution = nt.solve(system, state, (1.0, 1.4, 2.0))
+    xs, ms = solution.ys
+    hs, vs = layer(h, return_velocity=True)
+    assert torch.equal(hs, system.features(solution.t, xs))
+    assert torch.equal(vs, system.velocity(solution.t, xs, ms))
+    torch.testing.assert_close(hs[0], h)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_with_every_method(name, method):
+    layer = layer_of(name, **options_for(method))
+    reference = copy.deepcopy(layer).double()
+    reference.settings = type(reference.settings).make(method="dopri8", rtol=1e-8, atol=1e-8)
+    h = torch.randn(4, 3)
+    limit = {"euler": 0.7, "midpoint": 0.1, "adaptive_heun": 0.15, "fehlberg2": 0.15}.get(method, 0.02)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(h), reference(h.double()).float(), rtol=limit, atol=limit)
+
+
+def test_layers_in_a_sequential_model():
+    model = nn.Sequential(nn.Linear(2, 3), layer_of("GNesterovNODE"), nn.ReLU(inplace=True), nn.Linear(3, 1))
+    model(torch.randn(5, 2)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_images():
+    layer = nt.GNesterovNODE(_Convolution())
+    h = torch.randn(2, 3, 8, 8)
+    out, velocity = layer(h, return_velocity=True)
+    assert out.shape == velocity.shape == h.shape
+    out.sum().backward()
+    last = h.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(last), out)
+
+
+class _Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, t, h):
+        return torch.tanh(self.conv(h))
+
+
+# --- importing
+
+
+def run_python(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_neither_triton_nor_what_only_tests_need():
+    run_python(
+        "import sys\n"
+        "import torch\n"
+        "before = set(sys.modules)\n"  # torch may bring triton by itself
+        "import nesterov_triton\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "unwanted = new & {'triton', 'torchdiffeq', 'scipy', 'sklearn', 'matplotlib', 'rich'}\n"
+        "assert not unwanted, unwanted\n"
+    )
+
+
+def test_the_package_works_without_triton():
+    run_python(
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('triton', 'torchdiffeq', 'scipy', 'sklearn', 'matplotlib', 'rich'):\n"
+        "            raise ModuleNotFoundError('No module named ' + name, name=name)\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+        "import torch, nesterov_triton as nt\n"
+        "layer = nt.GNesterovNODE(lambda t, h: -h)\n"
+        "out = layer(torch.ones(2, 2, requires_grad=True))\n"
+        "out.sum().backward()\n"
+        "assert 'triton' not in sys.modules\n"
+    )
