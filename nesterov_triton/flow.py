@@ -1,7 +1,7 @@
 """A system bound to one solve: shapes, dtype, the damping's and residual's values, the count of evaluations.
 
 The flow turns stage times into coefficients, calls the user's network and checks what it returns, and gives the
-right-hand side in the three forms the rest needs: its value, its value with the network's graph kept, and its transpose.
+right-hand side in three forms: its value, its value with the network's graph kept, and its transpose.
 """
 
 from __future__ import annotations
