@@ -125,8 +125,10 @@ class ReverseSweep:
         # Forward again, with the network's graph at every stage.
         lins: list[Linearisation] = []
         for i in range(step.stages):
-            stage = z if i == 0 else runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i])
-            lin = flow.linearise(at, i, flow.open(stage), step.slopes[i], step.values[i])
+            state = flow.open(z) if i == 0 else step.states[i]
+            if i > 0:
+                runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i], out=state.flat)
+            lin = flow.linearise(at, i, state, step.slopes[i], step.values[i])
             if not self._checked:
                 check_leaves(flow, lin)
                 self._checked = True
@@ -162,7 +164,7 @@ class ReverseSweep:
         stages = self._dense.stages if inside else self.tableau.stages - (self.tableau.b[-1] == 0)
         held = self._transpose
         if held is None or len(held.cotangents) != stages + 1 + inside or held.stages != stages:
-            held = self._transpose = _Transpose(self.tableau, stages, inside, self.flow.rows, like)
+            held = self._transpose = _Transpose(self.tableau, stages, inside, self.flow, like)
         return held
 
     def _add_times(
@@ -198,11 +200,13 @@ class _Transpose:
         nodes: their c_i.
         forward: dt a_ij for j < i, a row a stage.
         backward: dt (a_ji for j > i, b_i, and the weights of the states inside the step), a row a stage.
+        states: the stages' states, with their views.
         slopes, values, cotangents: rows for the stages' k_i, for their gates' values, and for the cotangents of the
             stages' states, of the new state λ, and of the states inside the step, in this order.
     """
 
-    def __init__(self, tableau: Tableau, stages: int, inside: int, rows: int, like: Tensor) -> None:
+    def __init__(self, tableau: Tableau, stages: int, inside: int, flow: Flow, like: Tensor) -> None:
+        rows = flow.rows
         self.stages = s = stages
         self.nodes = (*tableau.c, *tableau.extra_c)[:s]
         self._square, self._b = _tables(tableau, s, like.dtype, like.device)
@@ -211,6 +215,7 @@ class _Transpose:
         self._weights, self._back = weights, back
         self.forward = [weights[i, :i] for i in range(s)]
         self.backward = [back[i, i + 1 :] for i in range(s)]
+        self.states = [flow.open(torch.empty_like(like)) for _ in range(s)]
         slopes, self.slopes = empty_rows(s, rows, like)
         _, self.values = empty_rows(s, rows, like)
         cotangents, self.cotangents = empty_rows(s + 1 + inside, rows, like)

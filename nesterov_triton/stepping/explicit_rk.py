@@ -261,9 +261,11 @@ class ExplicitRK:
                 self._evaluate(at, i, z1)
         return z1 if tableau.fsal else self._combine(z, tableau.stages)
 
-    @torch.no_grad()
     def error(self, z: Tensor, z1: Tensor) -> float:
         """The norm of the embedded error of the step just taken. The one host read of a step."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.error(z, z1)
         tolerance, columns = self.tolerance, self.stages.columns(self.tableau.stages)
         assert tolerance is not None
         self._errors = torch.mm(self._scaled.errors.detach(), columns.detach().t(), out=self._errors)
