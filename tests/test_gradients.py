@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from support import (
     ADAPTIVE,
     FIXED,
@@ -485,8 +486,8 @@ def test_tensor_subclass_parameters_and_parametrisations(gradient):
 def test_the_backward_pass_costs_what_it_must(gradient):
     """One vector-Jacobian product a stage that counts, of accepted steps alone."""
     field = Recorder(Field())
-    layer = nt.NODE(field, gradient=gradient, rtol=1e-4, atol=1e-4, first_step=1.0).double()
-    loss = layer(features(2, 2)).sum()
+    layer = nt.NODE(field, t=(0.0, 4.0), gradient=gradient, rtol=1e-6, atol=1e-6, first_step=4.0).double()
+    loss = layer(3 * features(2, 2)).sum()
     assert layer.stats.nfe_backward == 0
     forward = field.calls
     loss.backward()
@@ -496,3 +497,43 @@ def test_the_backward_pass_costs_what_it_must(gradient):
     else:
         assert field.calls == forward
         assert layer.stats.nfe_backward >= 6 * layer.stats.accepted
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_field_that_is_a_gradient_itself(gradient):
+    """-∇F of a learned F: autograd inside the field, under the solver's no_grad too."""
+
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 1)
+
+        def forward(self, t, h):
+            with torch.enable_grad():
+                x = h if h.requires_grad else h.detach().requires_grad_()
+                return torch.autograd.grad(torch.tanh(self.linear(x)).sum(), x, create_graph=True)[0]
+
+    torch.manual_seed(0)
+    layer = nt.NesterovNODE(Energy(), form="exact", gradient=gradient, rtol=1e-9, atol=1e-9).double()
+    h = features(3, 2).requires_grad_()
+    found = gradients(layer, layer(h).sum(), h)
+    layer.settings = type(layer.settings).make(gradient="backprop", rtol=1e-9, atol=1e-9)
+    assert largest_difference(found, gradients(layer, layer(h).sum(), h)) < 1e-7
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_under_activation_checkpointing(gradient):
+    layer = MODELS["GHBNODE"].layer(gradient=gradient)
+    h = features(3, 2).requires_grad_()
+    expected = gradients(layer, layer(h).sum(), h)
+    out = torch.utils.checkpoint.checkpoint(layer, h, use_reentrant=False)
+    assert largest_difference(gradients(layer, out.sum(), h), expected) == 0.0
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_a_parameter_replaced_before_the_backward_pass_raises(gradient):
+    layer = MODELS["NODE"].layer(gradient=gradient)
+    loss = layer(features(2, 2).requires_grad_()).sum()
+    layer.field.a = nn.Parameter(torch.zeros_like(layer.field.a))
+    with pytest.raises(RuntimeError, match="would get no gradient"):
+        loss.backward()

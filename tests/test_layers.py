@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from support import GRADIENTS, METHODS, MODELS, MOMENTUM, Field, Recorder, features, options_for
@@ -187,6 +188,8 @@ def test_times_for_one_call(name):
     assert several.shape == (3, *out.shape)
     assert torch.equal(several[-1], out)
     assert torch.equal(layer(h, t=torch.tensor([1.0, 1.5, 2.0])), several)
+    assert torch.equal(layer(h, t=(x / 2 for x in (2, 3, 4))), several)
+    assert torch.equal(layer(h, t=np.linspace(1, 2, 3)), several)
     assert torch.equal(layer(h), out)
     torch.testing.assert_close(several[0][:, :3], h)
 
