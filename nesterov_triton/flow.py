@@ -108,7 +108,7 @@ class Flow:
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
         numbers = times.detach().tolist() if isinstance(times, Tensor) else times
-        packet = torch.tensor([self._numbers_at(t) for t in numbers], dtype=torch.float64)
+        packet = torch.tensor([self._numbers_at(t) for t in numbers], dtype=torch.float64, device="cpu")
         if torch.is_grad_enabled():
             # The same numbers to the bit, plus a zero that carries the graph.
             graph = times if isinstance(times, Tensor) else packet[:, 0]

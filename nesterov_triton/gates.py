@@ -36,7 +36,7 @@ class Gate:
 
     def number(self, x: float) -> float:
         """σ of a plain number."""
-        return float(self(torch.tensor(x, dtype=torch.float64)))
+        return float(self(torch.tensor(x, dtype=torch.float64, device="cpu")))
 
     def both(self, a: Tensor, b: Tensor, out: Row) -> None:
         """σ(a) and σ(b) into the two parts of `out`."""
@@ -54,10 +54,11 @@ def _check_bound(bound: float) -> None:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # or later solves could not save it for their backward passes
 def constant(value: float, dtype: torch.dtype) -> Tensor:
     """A 0-d CPU tensor, which torch takes as a scalar on any device: a Python number costs a tensor and a cast each
     time, 1.5 of the 4 µs that a product of 16,384 elements takes."""
-    return torch.tensor(value, dtype=dtype)
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -282,14 +282,14 @@ def check_times(system: System, t: object) -> Tensor:
             raise ValueError(f"t must be one-dimensional, got a tensor of shape {tuple(t.shape)}")
         if t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t must hold real numbers, got {t.dtype}")
-        times = t.to("cpu", torch.float64)
+        times = t.to("cpu", torch.float64, copy=True)  # the backward pass reads them again
     else:
         try:
             each = list(t)  # type: ignore[call-overload]
             if any(isinstance(x, Tensor) for x in each):  # float() would lose their gradients
                 times = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu").view(()) for x in each])
             else:
-                times = torch.tensor([float(x) for x in each], dtype=torch.float64)
+                times = torch.tensor([float(x) for x in each], dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"t must be a sequence or tensor of times, got {t!r}") from None
     values = times.tolist()

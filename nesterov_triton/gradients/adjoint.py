@@ -127,7 +127,7 @@ def _solve_back(
     like = torch.cat((states[0], adjoint))
     kind = _WithQuadratures if strategy.quadratures_in_norm and problem.tolerance is not None else ExplicitRK
     stepper = kind(problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
-    of_times = torch.zeros(len(times), dtype=torch.float64) if wants_times else None
+    of_times = torch.zeros(len(times), dtype=torch.float64, device="cpu") if wants_times else None
     progress = Progress()
     for k in range(len(times) - 1, 0, -1):
         g = cotangents[k - 1]

@@ -101,7 +101,7 @@ class ReverseSweep:
     def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float]) -> None:
         self.tableau, self.flow, self.requested = tableau, flow, times
         self.totals = Totals(flow)
-        self.times = torch.zeros(len(times), dtype=torch.float64)
+        self.times = torch.zeros(len(times), dtype=torch.float64, device="cpu")
         self._dense = dense_output(tableau)
         self._transpose: _Transpose | None = None
         self._checked = False
@@ -154,7 +154,7 @@ class ReverseSweep:
         self.totals.add_params(found)
         of_times = self.totals.add_coefficients(times, found)
         if of_times is not None:
-            of_dt = moments / dt + float(of_times @ torch.tensor(step.nodes, dtype=torch.float64))
+            of_dt = moments / dt + float(of_times @ of_times.new_tensor(step.nodes))
             self._add_times(t1, of_times, of_dt, dt, inside, thetas, step.all_slopes)
         return step.all_cotangents.sum(0)
 
@@ -234,12 +234,13 @@ class _Transpose:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _tables(tableau: Tableau, stages: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """a, [s, s], and b, [s], of the first stages; made once, and never written to."""
     rows = [*tableau.a, *tableau.extra_a][:stages]
     square = [[*row, *(0.0,) * (stages - len(row))] for row in rows]
     b = [*tableau.b, *(0.0 for _ in tableau.extra_c)][:stages]
     return (
-        torch.tensor(square, dtype=torch.float64).to(device, dtype),
-        torch.tensor(b, dtype=torch.float64).to(device, dtype),
+        torch.tensor(square, dtype=torch.float64, device="cpu").to(device, dtype),
+        torch.tensor(b, dtype=torch.float64, device="cpu").to(device, dtype),
     )

@@ -31,7 +31,7 @@ def check_leaves(flow: Flow, lin: Linearisation) -> None:
 
 def refuse_gradients(states: Sequence[Tensor], u: Tensor) -> list[Tensor]:
     """The states, such that a backward pass through them raises: the field's output `u` has a graph that they lack."""
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), device="cpu", requires_grad=True)
     return list(_Refuse.apply(_lost(unseen_leaves(u, ())), anchor, *states))  # type: ignore[no-untyped-call]
 
 

@@ -21,7 +21,7 @@ class Totals:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self.params = [torch.zeros_like(p) for p in flow.params]
-        self.scalars = {name: torch.zeros((), dtype=torch.float64) for name in flow.scalars}
+        self.scalars = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in flow.scalars}
 
     def add_params(self, stages: Sequence[Cotangents], weights: Sequence[float] | None = None) -> None:
         """Add each stage's parameter cotangents, times its weight (1 without)."""
@@ -41,7 +41,7 @@ class Totals:
         flow = self.flow
         if not flow.coefficient_grads and not flow.time_grads:
             return None
-        of_times = self._pull(torch.tensor(times, dtype=torch.float64), stages, weights)
+        of_times = self._pull(torch.tensor(times, dtype=torch.float64, device="cpu"), stages, weights)
         if of_times is not None:
             for i, stage in enumerate(stages):
                 if stage.time is not None:
@@ -67,7 +67,7 @@ class Totals:
             zero = value.new_zeros(())
             grad = torch.stack([zero if x is None else x.to(zero) for x in found])
             outputs.append(value)
-            grads.append(grad if weights is None else grad * torch.tensor(weights, dtype=grad.dtype))
+            grads.append(grad if weights is None else grad * grad.new_tensor(weights))
         names = list(flow.scalars)
         inputs = [flow.scalars[n] for n in names] + ([leaf] if flow.time_grads else [])
         if not outputs or not inputs:

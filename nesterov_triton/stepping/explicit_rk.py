@@ -102,12 +102,13 @@ def table_rows(tableau: Tableau) -> list[tuple[float, ...]]:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or later solves could not save it for their backward passes
 def table(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Table:
     """The method's own numbers; made once, and never written to."""
     rows = table_rows(tableau)
     width = max(map(len, rows))
     padded = [[*row, *(0.0,) * (width - len(row))] for row in rows]
-    return Table(tableau, torch.tensor(padded, dtype=torch.float64).to(device, dtype))
+    return Table(tableau, torch.tensor(padded, dtype=torch.float64, device="cpu").to(device, dtype))
 
 
 class Stages(Protocol):
@@ -351,8 +352,8 @@ class DenseOutput:
 
     def __init__(self, tableau: Tableau) -> None:
         self.stages = len(tableau.interpolant)
-        self._polynomials = torch.tensor(tableau.interpolant, dtype=torch.float64)
-        self._powers = torch.arange(1, self._polynomials.shape[1] + 1, dtype=torch.float64)
+        self._polynomials = torch.tensor(tableau.interpolant, dtype=torch.float64, device="cpu")
+        self._powers = torch.arange(1, self._polynomials.shape[1] + 1, dtype=torch.float64, device="cpu")
 
     def weights(self, theta: Tensor | float) -> Tensor:
         """b_i(θ), [stages] float64 on the CPU."""
@@ -364,6 +365,7 @@ class DenseOutput:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def dense_output(tableau: Tableau) -> DenseOutput:
     """The method's interpolant, made once."""
     return DenseOutput(tableau)
