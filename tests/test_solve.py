@@ -11,6 +11,7 @@ from support import ADAPTIVE, FIXED, GRADIENTS, METHODS, Field, Recorder, exact_
 
 import nesterov_triton as nt
 from nesterov_triton import SolveError, Status, systems, tableaus
+from nesterov_triton.stepping.explicit_rk import error_norm
 
 COST = {"dopri5": 6, "tsit5": 6, "bosh3": 3, "adaptive_heun": 2, "fehlberg2": 3, "dopri8": 12}  # per step, later steps
 FSAL = ["dopri5", "tsit5", "bosh3", "dopri8"]
@@ -381,3 +382,48 @@ def test_a_step_too_small_for_the_time():
     assert error.status is Status.STEP_UNDERFLOW
     error = fail(lambda t, y: y, torch.ones(1), (1e9, 1e9 + 1e-4), first_step=1e-9)
     assert error.status is Status.STEP_UNDERFLOW
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "dopri8"])
+def test_a_state_that_grows_out_of_its_dtype_is_no_success(method, gradient):
+    """Its field stays finite, and relative to an infinite state every error is small."""
+    y0 = torch.tensor([60000.0, 1.0], dtype=torch.float16, requires_grad=True)
+    error = fail(
+        lambda t, y: 30000.0 + 0 * y.tanh(), y0, (0.0, 1.0), method=method, rtol=1e-2, atol=1e-2, gradient=gradient
+    )
+    assert error.status is Status.NON_FINITE
+    solution = nt.solve(lambda t, y: 30000.0 + 0 * y.tanh(), y0, (0.0, 0.1, 1.0), rtol=1e-2, atol=1e-2, throw=False)
+    assert solution.ys[1].isfinite().all()
+    assert solution.ys[2].isnan().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-250, 1e250])
+def test_the_unit_of_time_does_not_matter(method, scale):
+    def solve(unit):
+        options = {"step_size": 0.3 * unit} if method in FIXED else {"first_step": 0.2 * unit}
+        times = [unit * t for t in (0.0, 0.3, 0.6, 1.0)]
+        return nt.solve(lambda t, y: -y / unit, features(3), times, method=method, **options).ys
+
+    torch.testing.assert_close(solve(scale), solve(1.0), rtol=1e-12, atol=1e-12)
+
+
+def test_an_error_too_large_for_the_dtype_is_not_taken_for_none():
+    """dopri8 damps its error by another one, whose square overflows first."""
+    errors = torch.tensor([[1e18], [1e21]])
+    assert error_norm(errors, torch.ones(1), 0.0, 1.0) > 1
+
+
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_an_interval_shorter_than_any_trial_step(method, direction):
+    """The trial step that sizes the first one stays inside too."""
+    field = Recorder(lambda t, y: -y)
+    end = 1.0 + direction * 1e-8
+    y = nt.solve(field, torch.ones(2, dtype=torch.float64), (1.0, end), method=method).final
+    torch.testing.assert_close(y, torch.full((2,), 1 - direction * 1e-8, dtype=torch.float64), rtol=1e-14, atol=0)
+    times = torch.stack(field.times)
+    assert float(times.min()) >= min(1.0, end)
+    assert float(times.max()) <= max(1.0, end)
+    assert len(torch.unique(times)) > 1
