@@ -537,3 +537,33 @@ def test_a_parameter_replaced_before_the_backward_pass_raises(gradient):
     layer.field.a = nn.Parameter(torch.zeros_like(layer.field.a))
     with pytest.raises(RuntimeError, match="would get no gradient"):
         loss.backward()
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_a_parameter_that_is_added_to_the_force_of_either_sign(gradient):
+    """Its cotangent at a stage is the adjoint itself, without a copy."""
+
+    class Driven(Field):
+        def __init__(self):
+            super().__init__()
+            self.force = nn.Parameter(features(3, 2))
+
+        def forward(self, t, h):
+            return super().forward(t, h) + self.force
+
+    for sign in (1.0, -1.0):
+        found = []
+        for strategy in (gradient, "backprop"):
+            system = nt.systems.Momentum(Driven(), nesterov=True, damping=1.0, sign=sign)
+            state = (features(3, 2), features(3, 2, seed=2))
+            x, _ = nt.solve(system, state, (1.0, 2.0), rtol=1e-9, atol=1e-9, gradient=strategy).final
+            found.append(gradients(system, x.square().sum()))
+        assert largest_difference(*found) < 1e-6
+
+
+def test_backprop_leaves_no_hook_on_a_parameter_that_the_field_returns():
+    force = nn.Parameter(torch.ones(3, 2))
+    solution = nt.solve(lambda t, y: force, torch.ones(3, 2), (0.0, 1.0), gradient="backprop")
+    solution.final[0].sum().backward()
+    torch.testing.assert_close(force.grad[0], torch.ones(2))
+    assert not force._backward_hooks

@@ -165,7 +165,7 @@ class _AdjointDynamics:
 
     @property
     def copies(self) -> bool:
-        return self.flow.copies
+        return False  # a parameter's cotangent may be a view of the stage's
 
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         return self.flow.at(times)

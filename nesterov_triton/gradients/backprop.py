@@ -25,5 +25,6 @@ class Backprop:
         def count(_: Tensor) -> None:
             stats.nfe_backward += 1
 
-        flow.on_output = lambda u: u.register_hook(count)  # type: ignore[no-untyped-call]
+        # A leaf is the user's own tensor: the hook would outlive the solve.
+        flow.on_output = lambda u: None if u.is_leaf else u.register_hook(count)  # type: ignore[no-untyped-call]
         return forward(problem, flow, differentiable=True)

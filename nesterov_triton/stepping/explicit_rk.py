@@ -333,6 +333,8 @@ def error_norm(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Tensor 
     if len(squares) == 1:
         return math.sqrt(squares.item() * mean)
     fifth, third = squares.tolist()
+    if not math.isfinite(third):  # no damping, or the step would look perfect
+        return float(third)
     # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one.
     return float(fifth) * math.sqrt(mean / (fifth + 0.01 * third)) if fifth else float(fifth)
 

@@ -6,6 +6,7 @@ needs of the accepted steps it gets through `on_accept`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,9 @@ def _adaptive(
             dt, after_rejection = h * factor, True
             continue
         progress.accepted += 1
+        # Beside an infinite state every error is small. It stays infinite, so that one look at the end is enough.
+        if t1 == end and not _finite(z1):
+            raise SolveError(Status.NON_FINITE, t, h, progress.attempted, tuple(itertools.takewhile(_finite, reached)))
         outputs = _emit(stepper, t, t1, z, z1, times, reached)
         if on_accept is not None:
             on_accept(AcceptedStep(t, t1, z, outputs))
@@ -175,8 +179,7 @@ def _fixed(
             on_accept(AcceptedStep(t, t1, z, outputs))
         stepper.accept()
         t, z = t1, z1
-    # One host read a solve; a sum may overflow where no element does, hence the second look.
-    if not bool(torch.isfinite(sums[-1])) and not bool(torch.isfinite(z).all()):
+    if not _finite(z):
         bad = torch.isfinite(torch.stack(sums)).tolist().index(False)
         good = [r for k, r in enumerate(reached, 1) if sign * (times[k] - starts[bad]) <= 0]
         raise SolveError(Status.NON_FINITE, starts[bad], sign * step_size, bad + 1, tuple(good))
@@ -188,7 +191,8 @@ def _emit(
 ) -> tuple[int, ...]:
     """Append the states at the requested times that the step from t to t1 has reached; return their indices."""
     first = k = len(reached) + 1
-    while k < len(times) and (times[k] - t1) * (t1 - t) <= 0:
+    sign = math.copysign(1.0, t1 - t)
+    while k < len(times) and sign * (times[k] - t1) <= 0:
         if times[k] != t1:
             reached.append(stepper.interpolate(t, t1, z, times[k], k))
         elif stepper.axis is None or k == len(times) - 1:
@@ -198,6 +202,11 @@ def _emit(
             reached.append(z1.detach() + (inside - inside.detach()))
         k += 1
     return tuple(range(first, k))
+
+
+def _finite(z: Tensor) -> bool:
+    """Whether all elements are. A sum may overflow where no element does, hence the second look."""
+    return math.isfinite(z.detach().sum()) or bool(torch.isfinite(z).all())
 
 
 __all__ = ["AcceptedStep", "LoopOptions", "Progress", "Tolerance", "integrate"]
