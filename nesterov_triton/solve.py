@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nesterov_triton import gradients, tableaus
 from nesterov_triton.gradients.leaves import refuse_gradients
-from nesterov_triton.gradients.problem import Problem, forward, trainable
+from nesterov_triton.gradients.problem import Problem, forward, parameters, trainable
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
 from nesterov_triton.stepping.explicit_rk import Tolerance
@@ -188,6 +188,7 @@ def run(
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1)
     stats = Stats()
+    own = parameters(system.field)
     kind = h.device.type
     problem = Problem(
         system=system,
@@ -195,7 +196,8 @@ def run(
         z=z,
         times=times,
         scalars={name: value.to("cpu", torch.float64) for name, value in system.scalars().items()},
-        params=trainable(system.field, params),
+        params=trainable((*own, *params)),
+        frozen=tuple(p for p in own if not p.requires_grad),
         tableau=settings.tableau,
         tolerance=_for_state(settings, system.rows, h) if settings.tableau.adaptive else None,
         options=settings.options,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import nesterov_triton as nt
 from benchmarks.counters import LiveMemory, MarkedField, OperatorCount, per_step
 from benchmarks.problems import PackageSystem, Problem
 
@@ -165,3 +166,13 @@ def test_backprop_keeps_far_more_than_a_state_per_step(problem):
             problem.gradients(package.solve(problem.h0, method="rk4", gradient="backprop", step_size=1 / steps))
         peaks.append((package.accepted, 0, memory.peak / (2 * problem.h0.nbytes)))
     assert per_step(peaks).accepted > 5
+
+
+def test_the_backward_pass_holds_one_stages_gradient_of_the_parameters():
+    """Beside their sum: with a large network in a small state these are the memory that counts."""
+    net = torch.nn.Linear(200, 200, bias=False)
+    solution = nt.solve(lambda t, y: torch.tanh(net(y)), torch.ones(1, 200), (0.0, 1.0), params=[net.weight])
+    loss = solution.final.sum()
+    with LiveMemory() as memory:
+        loss.backward()
+    assert memory.peak < 2.5 * net.weight.nbytes

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
-from nesterov_triton.gradients.leaves import check_leaves
+from nesterov_triton.gradients.leaves import check_leaves, check_parameters, without_hooks
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.gradients.totals import Totals
 from nesterov_triton.ops.rows import Row
@@ -89,7 +89,7 @@ class _Adjoint(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states = forward(problem, problem.flow())
         ctx.back, ctx.strategy = back, strategy
-        ctx.save_for_backward(*rest, z, *states)
+        ctx.save_for_backward(*rest, *problem.frozen, z, *states)
         ctx.set_materialize_grads(False)
         return tuple(states)
 
@@ -97,14 +97,15 @@ class _Adjoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.back
-        states = ctx.saved_tensors[len(problem.scalars) + len(problem.params) :]
+        check_parameters(problem)
+        states = ctx.saved_tensors[-len(problem.times) :]
         needs = ctx.needs_input_grad[3:]
         n = len(problem.scalars)
         scalars = [s.detach().requires_grad_() for s in problem.scalars.values()]
         flow = problem.flow(scalars)
         flow.coefficient_grads = any(needs[2 : 2 + n])
         try:
-            with problem.without_autocast():
+            with problem.without_autocast(), without_hooks(problem.params):
                 adjoint, of_times, totals = _solve_back(problem, flow, ctx.strategy, states, cotangents, needs[1])
         finally:
             problem.stats.nfe_backward += flow.evaluations

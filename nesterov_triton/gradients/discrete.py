@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nesterov_triton.flow import Cotangents, Flow, Linearisation
-from nesterov_triton.gradients.leaves import check_leaves
+from nesterov_triton.gradients.leaves import check_leaves, check_parameters, without_hooks
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.gradients.totals import Totals
 from nesterov_triton.ops import runge_kutta
@@ -55,7 +55,7 @@ class _Discrete(torch.autograd.Function):
         ctx.problem = problem
         ctx.spans = [(step.t, step.t1, step.outputs) for step in tape]
         # Saved as autograd saves: outputs without a reference cycle, parameters with a check that nobody changed them.
-        ctx.save_for_backward(*rest, *(step.z for step in tape))
+        ctx.save_for_backward(*rest, *problem.frozen, *(step.z for step in tape))
         ctx.set_materialize_grads(False)
         return tuple(states)
 
@@ -63,8 +63,8 @@ class _Discrete(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.problem
-        saved = ctx.saved_tensors
-        starts = saved[len(problem.scalars) + len(problem.params) :]
+        check_parameters(problem)
+        starts = ctx.saved_tensors[-len(ctx.spans) :]
         needs = ctx.needs_input_grad
         n = len(problem.scalars)
         scalars = [s.detach().requires_grad_() for s in problem.scalars.values()]
@@ -74,7 +74,7 @@ class _Discrete(torch.autograd.Function):
         sweep = ReverseSweep(problem.tableau, flow, problem.times.tolist())
         adjoint = torch.zeros_like(problem.z)
         try:
-            with problem.without_autocast():
+            with problem.without_autocast(), without_hooks(problem.params):
                 for (t, t1, outputs), z in zip(reversed(ctx.spans), reversed(starts), strict=True):
                     wanted = [(k, cotangents[k - 1]) for k in outputs]
                     adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
@@ -150,8 +150,10 @@ class ReverseSweep:
                 moments += float(torch.dot(of_slope, step.all_slopes[i]))
             # Popped, so that the stage's graph goes when it has been used.
             found.append(flow.pullback(at, i, lins.pop(), Row.of(of_slope, flow.rows), step.cotangents[i]))
+            # At once: a stage's cotangents are as large as the network.
+            self.totals.add_params(found[-1:])
+            found[-1].params = ()
         found.reverse()
-        self.totals.add_params(found)
         of_times = self.totals.add_coefficients(times, found)
         if of_times is not None:
             of_dt = moments / dt + float(of_times @ of_times.new_tensor(step.nodes))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from nesterov_triton import gates
 from nesterov_triton.flow import Flow, Linearisation
+from nesterov_triton.gradients.problem import Problem, parameters
 from nesterov_triton.systems import Momentum
 
 
@@ -27,6 +29,44 @@ def check_leaves(flow: Flow, lin: Linearisation) -> None:
         for gate in (flow.system.gate_x, flow.system.gate_f):
             if isinstance(gate, gates.Elementwise):
                 _check_gate(gate, flow)
+
+
+def check_parameters(problem: Problem) -> None:
+    """Raise where the field no longer has the parameters that the forward pass used.
+
+    Raises:
+        RuntimeError: some of them are other tensors now.
+    """
+    known = {id(p) for p in (*problem.params, *problem.frozen)}
+    if any(id(p) not in known for p in parameters(problem.system.field)):
+        raise RuntimeError(
+            "the field has other parameters than in the forward pass, replaced since, or put in for one call as "
+            "torch.func.functional_call does: what it was solved with would get no gradient. Run the backward pass "
+            "while they are in place, or use gradient='backprop'"
+        )
+
+
+@contextmanager
+def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+    """Within it the parameters' own hooks do not run: they are meant for the gradient, not for a stage's part of it.
+
+    Raises:
+        RuntimeError: a tensor that is no leaf has a hook, or keeps its gradient: that cannot be helped.
+    """
+    hooked = [p for p in params if p._backward_hooks or (not p.is_leaf and p.retains_grad)]
+    if any(not p.is_leaf for p in hooked):
+        raise RuntimeError(
+            "a tensor in params= that is no leaf has a hook, or keeps its gradient (retain_grad), which would see the "
+            "parts of its gradient one by one: use it on a leaf, or gradient='backprop'"
+        )
+    kept = [p._backward_hooks for p in hooked]
+    for p in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in zip(hooked, kept, strict=True):
+            p._backward_hooks = hooks
 
 
 def refuse_gradients(states: Sequence[Tensor], u: Tensor) -> list[Tensor]:

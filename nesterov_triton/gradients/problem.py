@@ -28,6 +28,7 @@ class Problem:
         times: the requested times, [n] float64 on the CPU, with their graph.
         scalars: the system's learnable scalars by name, 0-d float64 on the CPU, with their graph.
         params: further tensors that gradients are wanted of.
+        frozen: the field's parameters that need no gradient; a backward pass wants them unchanged.
         tolerance: None for fixed steps.
         stats: counted on while the solve runs.
         autocast: the dtype of the autocast that the network runs under, forward and backward; None for none.
@@ -43,6 +44,7 @@ class Problem:
     tolerance: Tolerance | None
     options: LoopOptions
     stats: Stats
+    frozen: tuple[Tensor, ...] = ()
     autocast: torch.dtype | None = None
 
     def flow(self, scalars: Sequence[Tensor] | None = None) -> Flow:
@@ -61,10 +63,14 @@ class Problem:
         return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def trainable(field: Callable[..., Tensor], extra: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """The field's parameters that need gradients, and the tensors in `extra` that do, each once."""
-    own = list(field.parameters()) if isinstance(field, nn.Module) else []
-    seen: dict[int, Tensor] = {id(p): p for p in (*own, *extra) if p.requires_grad}
+def parameters(field: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """The field's own parameters; none where it is a function."""
+    return tuple(field.parameters()) if isinstance(field, nn.Module) else ()
+
+
+def trainable(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Those of `tensors` that need gradients, each once."""
+    seen: dict[int, Tensor] = {id(p): p for p in tensors if p.requires_grad}
     return tuple(seen.values())
 
 
