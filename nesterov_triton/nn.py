@@ -71,8 +71,11 @@ class Layer(nn.Module):
             max_steps=max_steps,
         )
         checked = check_times(system, t)
-        # Times without gradient are kept as numbers: a buffer would follow .half() and lose them.
-        self.t: Times = t if checked.requires_grad else tuple(checked.tolist())
+        if checked.requires_grad and not isinstance(t, Tensor):
+            raise ValueError("t must be one tensor where it needs gradients, or no optimizer would see it in the layer")
+        # Other times are kept as numbers: a buffer would follow .half() and lose them.
+        learned = checked.requires_grad or isinstance(t, nn.Parameter)
+        self.t: Times = t if learned else tuple(checked.tolist())
         self.stats = Stats()
 
     @property

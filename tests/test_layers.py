@@ -407,3 +407,13 @@ def test_the_package_works_without_triton():
         "out.sum().backward()\n"
         "assert 'triton' not in sys.modules\n"
     )
+
+
+def test_times_that_are_parameters_are_the_layers():
+    field = Field()
+    t = torch.nn.Parameter(torch.tensor([1.0, 2.0]), requires_grad=False)  # to be trained later
+    layer = nt.NODE(field, t=t).double()
+    assert layer.t is t
+    assert "t" in dict(layer.named_parameters())
+    with pytest.raises(ValueError, match="t must be one tensor"):
+        nt.NODE(field, t=[1.0, torch.nn.Parameter(torch.tensor(2.0))])

@@ -109,8 +109,8 @@ def _lost(unseen: Sequence[Tensor]) -> str:
     shapes = ", ".join(str(tuple(x.shape)) for x in unseen)
     return (
         f"the field uses {len(unseen)} tensor(s) that need gradients and are neither its parameters nor in params "
-        f"(shapes {shapes}): they would get no gradient. Pass them (or the tensor made from them) in params=, or use "
-        "gradient='backprop'"
+        f"(shapes {shapes}): they would get no gradient. Make them parameters of the field, an nn.Module, or pass "
+        "them (or the tensor made from them) in solve(..., params=), or use gradient='backprop'"
     )
 
 
