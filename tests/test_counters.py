@@ -128,6 +128,18 @@ def test_operators_per_accepted_step(problem):
     assert found.accepted <= 90
 
 
+@pytest.mark.parametrize("method", ["dopri5", "dopri8"])
+def test_no_operator_of_the_solver_may_run_in_lower_precision(problem, method):
+    """Matrix products may, as TF32 or bfloat16, where torch is configured so; an error estimate would drown in it."""
+    field = MarkedField(problem.field)
+    with OperatorCount(field) as count:
+        PackageSystem(field).solve(problem.h0, method=method)
+    assert count.field["aten.addmm.default"] > 0
+    assert not {"aten.mm.default", "aten.mm.out", "aten.addmm.default", "aten.addmm.out", "aten.bmm.default"} & set(
+        count.solver
+    )
+
+
 @pytest.mark.parametrize("first_step", [None, 1.0])
 def test_one_host_read_per_attempted_step(problem, first_step):
     """A first step over the whole interval is rejected, the more often the tighter the tolerance."""

@@ -80,7 +80,7 @@ class Table:
     Attributes:
         matrix: what leads to stage i; b; the error rows; what leads to the extra stages of dense output. Zero-padded.
         rows: its rows without the padding, of these lengths.
-        errors: the error rows, [n, s].
+        errors: the error rows among them, [s] each.
     """
 
     def __init__(self, tableau: Tableau, matrix: Tensor) -> None:
@@ -89,7 +89,7 @@ class Table:
         self.rows = [matrix[i, : len(row)] for i, row in enumerate(table)]
         self.lengths = [len(row) for row in table]
         s = tableau.stages
-        self.errors = matrix[s + 1 : s + 1 + len(tableau.error), :s]
+        self.errors = self.rows[s + 1 : s + 1 + len(tableau.error)]
 
     def like(self, matrix: Tensor) -> Table:
         """The same rows of another matrix."""
@@ -222,6 +222,7 @@ class ExplicitRK:
         self.stages: Stages = StageList() if differentiable else StageBuffer(max(count, 2), rows, like)
         self._table = self._scaled = table(tableau, like.dtype, like.device)
         self._errors: Tensor | None = None
+        self._error_rows: Sequence[Tensor] = ()
         self._magnitudes: tuple[Tensor, Tensor] | None = None  # |z| of the state to go on from, and of the next
         # Where nothing keeps a stage's state, all stages share one, with its views made once.
         shared = dynamics.copies and not differentiable
@@ -269,7 +270,12 @@ class ExplicitRK:
                 return self.error(z, z1)
         tolerance, columns = self.tolerance, self.stages.columns(self.tableau.stages)
         assert tolerance is not None
-        self._errors = torch.mm(self._scaled.errors.detach(), columns.detach().t(), out=self._errors)
+        if self._errors is None:
+            self._errors = z.new_empty((len(self._scaled.errors), z.numel()))
+            self._error_rows = self._errors.unbind(0)
+        # Row by row: a matrix product may run in TF32, where so configured, and nearly equal stages cancel here.
+        for row, out in zip(self._scaled.errors, self._error_rows, strict=True):
+            torch.mv(columns.detach(), row.detach(), out=out)
         if self._magnitudes is None:
             self._magnitudes = (z.abs(), torch.empty_like(z))
         old, new = self._magnitudes
