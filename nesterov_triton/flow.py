@@ -102,8 +102,8 @@ class Flow:
         system = self.system
         if not isinstance(system, Momentum):
             return Coefficients(None, None, None, None)
-        scalars = self.scalars
-        return system.coefficients(times, scalars.get("damping", system._damping), scalars.get("xi", system._xi))
+        damping = self.scalars.get("damping", system.fixed_damping)
+        return system.coefficients(times, damping, self.scalars.get("xi", system.fixed_xi))
 
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
@@ -125,8 +125,8 @@ class Flow:
         if self._values is None:
             damping, xi = self.scalars.get("damping"), self.scalars.get("xi")
             self._values = (
-                system._damping if damping is None else float(damping.detach()),
-                system._xi if xi is None else float(xi.detach()),
+                system.fixed_damping if damping is None else float(damping.detach()),
+                system.fixed_xi if xi is None else float(xi.detach()),
             )
         c = system.coefficients(t, *self._values)
         return [float(x) for x in (t, c.scale, c.drive, c.q, c.minus_gamma) if x is not None]

@@ -87,9 +87,8 @@ class Layer(nn.Module):
         return check_times(self.system, self.t if t is None else t)
 
     def _run(self, state: State, h: Tensor, times: Tensor) -> Solution:
-        solution = run(self.system, state, h, times, self.settings)
-        self.stats = solution.stats
-        return solution
+        self.stats = Stats()  # of this call, also where it fails
+        return run(self.system, state, h, times, self.settings, stats=self.stats)
 
     def extra_repr(self) -> str:
         s = self.settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
@@ -25,7 +26,7 @@ State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 Times: TypeAlias = Sequence[float] | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What a solve gave.
 
@@ -101,7 +102,7 @@ class Settings:
         for name, value in (("step_size", step_size), ("first_step", first_step)):
             if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        if not _is_number(max_steps) or max_steps != int(max_steps) or max_steps < 1:
             raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
         rtol, atol = _tolerance("rtol", rtol), _tolerance("atol", atol)
         if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol == atol == 0:
@@ -177,6 +178,7 @@ def run(
     settings: Settings,
     params: Sequence[Tensor] = (),
     throw: bool = True,
+    stats: Stats | None = None,
 ) -> Solution:
     """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from
     `check_times`."""
@@ -187,7 +189,7 @@ def run(
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1)
-    stats = Stats()
+    stats = Stats() if stats is None else stats
     own = parameters(system.field)
     kind = h.device.type
     problem = Problem(
@@ -214,6 +216,7 @@ def run(
                 later = _solve_without_gradient(problem)
         return Solution(times.detach(), (z, *later), h.shape, system.rows, stats, Status.SUCCESS, Status.SUCCESS.value)
     except SolveError as e:
+        e.stats = stats
         if throw:
             raise
         reached = [s.detach() for s in (z, *e.reached)]
@@ -286,6 +289,8 @@ def check_times(system: System, t: object) -> Tensor:
             raise TypeError(f"t must hold real numbers, got {t.dtype}")
         times = t.to("cpu", torch.float64, copy=True)  # the backward pass reads them again
     else:
+        if isinstance(t, str | bytes):
+            raise TypeError(f"t must be a sequence or tensor of times, got the string {t!r}")
         try:
             each = list(t)  # type: ignore[call-overload]
             if any(isinstance(x, Tensor) for x in each):  # float() would lose their gradients
@@ -333,9 +338,9 @@ def _tolerance(name: str, value: object) -> Tensor | float:
             raise ValueError(f"{name} must be positive and finite everywhere")
         return value
     if not _is_number(value) or not 0 <= value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a finite number ≥ 0 or a tensor of such, got {value!r}")
+        raise ValueError(f"{name} must be a finite number ≥ 0 or a tensor of numbers > 0, got {value!r}")
     return float(value)  # type: ignore[arg-type]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

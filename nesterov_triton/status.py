@@ -46,7 +46,10 @@ class SolveError(RuntimeError):
         t, dt: time and step size of the last attempt, in units of the time.
         steps: attempted steps.
         reached: the states, [D] each, at those requested times after the first that were reached.
+        stats: the counts up to there, where `solve` or a layer raised it.
     """
+
+    stats: Stats | None = None
 
     def __init__(
         self, status: Status, t: float, dt: float, steps: int, reached: tuple[Tensor, ...] = (), where: str = "solve"

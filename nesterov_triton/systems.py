@@ -142,28 +142,27 @@ class Momentum(System):
         self.sees_momentum = sees_momentum
         self.raw_damping: nn.Parameter | None = None
         self.raw_xi: nn.Parameter | None = None
-        self._damping = 0.0
-        self._xi = 0.0
+        self.fixed_damping = self.fixed_xi = 0.0  # where they are not learnable
         if damping == "learnable":
             self.raw_damping = nn.Parameter(torch.tensor(-3.0))
         else:
-            self._damping = _number("damping", damping)
+            self.fixed_damping = _number("damping", damping)
         if xi == "learnable":
             self.raw_xi = nn.Parameter(torch.tensor(math.log(math.expm1(0.5))))
         else:
-            self._xi = _number("xi", xi)
-        self.damped = self.raw_damping is not None or self._damping != 0
-        self.residual = self.raw_xi is not None or self._xi != 0
+            self.fixed_xi = _number("xi", xi)
+        self.damped = self.raw_damping is not None or self.fixed_damping != 0
+        self.residual = self.raw_xi is not None or self.fixed_xi != 0
 
     @property
     def damping(self) -> Tensor | float:
         """γ: a 0-d tensor in (0, 1) where it is learnable."""
-        return self._damping if self.raw_damping is None else torch.sigmoid(self.raw_damping)
+        return self.fixed_damping if self.raw_damping is None else torch.sigmoid(self.raw_damping)
 
     @property
     def xi(self) -> Tensor | float:
         """ξ ≥ 0: a 0-d tensor where it is learnable."""
-        return self._xi if self.raw_xi is None else nn.functional.softplus(self.raw_xi)
+        return self.fixed_xi if self.raw_xi is None else nn.functional.softplus(self.raw_xi)
 
     def scalars(self) -> dict[str, Tensor]:
         found = {}
@@ -178,6 +177,10 @@ class Momentum(System):
             raise ValueError(
                 f"t must be positive for a Nesterov system, whose damping 3/t is singular at 0; got {min(times)}. "
                 "Shift the interval, for example t=(1.0, 2.0)"
+            )
+        if self.nesterov and not (min(times) > 1e-100 and max(times) < 1000):
+            raise ValueError(
+                f"t must lie between 1e-100 and 1000 for a Nesterov system, whose k(t) overflows; got {times}"
             )
 
     def scale(self, t: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ A new method is one more entry here. Sources, by the name used below:
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fractions import Fraction
+
+from nesterov_triton._names import lookup
 
 __all__ = ["TABLEAUS", "Tableau", "get"]
 
@@ -463,7 +464,4 @@ def get(name: str) -> Tableau:
     """
     if not isinstance(name, str):
         raise TypeError(f"method must be a name such as 'dopri5', got {type(name).__name__}")
-    if name not in TABLEAUS:
-        nearest = get_close_matches(name.lower(), TABLEAUS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown method {name!r}: did you mean {nearest!r}? Methods: {', '.join(TABLEAUS)}")
-    return TABLEAUS[name]
+    return lookup("method", name, TABLEAUS)

@@ -567,3 +567,35 @@ def test_backprop_leaves_no_hook_on_a_parameter_that_the_field_returns():
     solution.final[0].sum().backward()
     torch.testing.assert_close(force.grad[0], torch.ones(2))
     assert not force._backward_hooks
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_tensor_used_at_some_times_only_is_seen_all_the_same(gradient, early):
+    theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
+
+    def field(t, h):
+        return -h + theta if (float(t) < 1.3) == early else -h
+
+    h = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    loss = nt.solve(field, h, (1.0, 2.0), gradient=gradient, rtol=1e-8, atol=1e-8).final.sum()
+    with pytest.raises(RuntimeError, match="params="):
+        loss.backward()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "fehlberg2", "dopri8"])
+@pytest.mark.parametrize("quadratures_in_norm", [True, False])
+def test_the_adjoint_sums_the_same_parameters_for_every_method(method, quadratures_in_norm):
+    field = Field()
+    h = features(3, 2)
+
+    def gradients(gradient):
+        layer = nt.GHBNODE(field, gradient=gradient, method=method, rtol=1e-7, atol=1e-7).double()
+        layer.zero_grad()
+        layer(h).square().sum().backward()
+        return [p.grad.clone() for p in field.parameters()]
+
+    for a, b in zip(
+        gradients(nt.gradients.Adjoint(quadratures_in_norm=quadratures_in_norm)), gradients("discrete"), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -1,5 +1,8 @@
 """The adaptive loop's decisions, where they could go round in circles."""
 
+import math
+
+import pytest
 import torch
 
 import nesterov_triton as nt
@@ -38,3 +41,21 @@ def test_a_last_step_that_was_rejected_is_not_stretched_back_to_itself():
     assert status is nt.Status.SUCCESS
     assert stats.rejected >= 1
     assert stats.accepted + stats.rejected < 10
+
+
+def test_an_interval_of_one_unit_in_the_last_place_is_one_step():
+    end = math.nextafter(1.0, 2.0)
+    solution = nt.solve(lambda t, y: -y, torch.ones(2, dtype=torch.float64), (1.0, end))
+    assert solution.stats.accepted == 1
+    assert torch.allclose(solution.final, torch.ones(2, dtype=torch.float64))
+
+
+def test_a_failed_call_leaves_its_own_counts():
+    layer = nt.NODE(lambda t, y: y, max_steps=1, first_step=1e-3)
+    layer(torch.ones(2), t=(0.0, 1e-3))
+    assert layer.stats.accepted == 1
+    with pytest.raises(nt.SolveError) as failure:
+        layer(torch.ones(2), t=(0.0, 1.0))
+    assert layer.stats is failure.value.stats
+    assert layer.stats.accepted == 1
+    assert layer.stats.nfe_forward == 7

@@ -21,7 +21,7 @@ from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.leaves import check_leaves, check_parameters, without_hooks
 from nesterov_triton.gradients.problem import Problem, forward
-from nesterov_triton.gradients.totals import Totals
+from nesterov_triton.gradients.totals import Totals, accumulate, zeros_for
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, Tolerance, error_norm, stage_times
@@ -109,7 +109,7 @@ class _Adjoint(torch.autograd.Function):
                 adjoint, of_times, totals = _solve_back(problem, flow, ctx.strategy, states, cotangents, needs[1])
         finally:
             problem.stats.nfe_backward += flow.evaluations
-        return None, None, None, adjoint, of_times, *totals.scalars.values(), *totals.params
+        return None, None, None, adjoint, of_times, *totals.scalars.values(), *totals.of_params()
 
 
 def _solve_back(
@@ -123,10 +123,11 @@ def _solve_back(
     """Cotangents of the first state, of the requested times, and of the rest."""
     times = problem.times.tolist()
     totals = Totals(flow)
-    dynamics = _AdjointDynamics(flow, problem.tableau, totals, states[0])
+    with_quadratures = strategy.quadratures_in_norm and problem.tolerance is not None
+    dynamics = _AdjointDynamics(flow, problem.tableau, totals, states[0], with_quadratures)
     adjoint = torch.zeros_like(states[0])
     like = torch.cat((states[0], adjoint))
-    kind = _WithQuadratures if strategy.quadratures_in_norm and problem.tolerance is not None else ExplicitRK
+    kind = _WithQuadratures if with_quadratures else ExplicitRK
     stepper = kind(problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
     of_times = torch.zeros(len(times), dtype=torch.float64, device="cpu") if wants_times else None
     progress = Progress()
@@ -153,22 +154,29 @@ def _slope(flow: Flow, t: float, z: Tensor) -> Tensor:
 
 
 class _AdjointDynamics:
-    """The right-hand side of (z, a), [2 D], and the quadratures of its accepted steps."""
+    """The right-hand side of (z, a), [2 D], and the quadratures of its accepted steps.
 
-    def __init__(self, flow: Flow, tableau: Tableau, totals: Totals, like: Tensor) -> None:
+    Of the parameters' cotangents g_i, each as large as the network, only sums are kept: Σ_{i>0} w_i g_i for the
+    method's weights (and for its error rows, if they are wanted), the first stage's, and an FSAL stage's, which is the
+    next step's first.
+    """
+
+    def __init__(self, flow: Flow, tableau: Tableau, totals: Totals, like: Tensor, with_errors: bool) -> None:
         self.flow, self.tableau, self.totals = flow, tableau, totals
-        last = tableau.stages - 1
-        # The stages whose parameter cotangents are ever summed; an FSAL stage is the next step's first.
-        self._weighted = [b != 0 or (tableau.fsal and i == last) for i, b in enumerate(tableau.b)]
-        self.kept: list[Cotangents] = [Cotangents(())] * tableau.stages
-        self._checked = False
+        self.weights = (tableau.b, *tableau.error) if with_errors else (tableau.b,)
+        self.sums = [zeros_for(flow.params) for _ in self.weights]
+        self.first, self._next = zeros_for(flow.params), zeros_for(flow.params) if tableau.fsal else []
+        self._kept: list[Cotangents] = [Cotangents(())] * tableau.stages  # without the parameters'
         self._values = Row.of(like.clone(), flow.rows)
 
     @property
     def copies(self) -> bool:
-        return False  # a parameter's cotangent may be a view of the stage's
+        return self.flow.copies
 
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
+        for sums in self.sums:
+            if sums:
+                torch._foreach_zero_(sums)
         return self.flow.at(times)
 
     def open(self, z: Tensor) -> OpenState:
@@ -177,24 +185,36 @@ class _AdjointDynamics:
 
     def derivative(self, at: StageTimes, i: int, z: OpenState, out: Row | None = None) -> Sequence[Tensor]:
         assert out is not None
-        flow = self.flow
+        flow, fsal = self.flow, self.tableau.fsal and i == self.tableau.stages - 1
         state, adjoint = z.flat.view(2, -1).unbind(0)
         slope, of_state = out.split()
         lin = flow.linearise(at, i, flow.open(state), slope, self._values)
-        if not self._checked:
+        if i <= 1:  # once an attempt at least: a field may use a tensor at some times only
             check_leaves(flow, lin)
-            self._checked = True
-        self.kept[i] = flow.pullback(at, i, lin, Row.of(adjoint, flow.rows), of_state, wrt_params=self._weighted[i])
+        wanted = i == 0 or fsal or any(w[i] != 0 for w in self.weights)
+        found = flow.pullback(at, i, lin, Row.of(adjoint, flow.rows), of_state, wrt_params=wanted)
+        if found.params:
+            if i == 0 or fsal:
+                held = self._next if fsal else self.first
+                torch._foreach_zero_(held)
+                accumulate(held, found.params)
+            if i > 0:
+                for weights, sums in zip(self.weights, self.sums, strict=True):
+                    accumulate(sums, found.params, weights[i])
+        found.params = ()
+        self._kept[i] = found
         of_state.flat.neg_()
         return out.parts
 
     def on_accept(self, step: AcceptedStep) -> None:
         dt = step.t1 - step.t
-        weights = [-dt * b for b in self.tableau.b]
-        self.totals.add_params(self.kept, weights)
-        self.totals.add_coefficients(stage_times(step.t, step.t1, self.tableau.c), self.kept, weights)
+        b, totals = self.tableau.b, self.totals
+        accumulate(totals.params, self.first, -dt * b[0])
+        accumulate(totals.params, self.sums[0], -dt)
+        totals.add_coefficients(stage_times(step.t, step.t1, self.tableau.c), self._kept, [-dt * w for w in b])
         if self.tableau.fsal:
-            self.kept[0] = self.kept[-1]
+            self.first, self._next = self._next, self.first
+            self._kept[0] = self._kept[-1]
 
 
 class _WithQuadratures(ExplicitRK):
@@ -202,23 +222,18 @@ class _WithQuadratures(ExplicitRK):
 
     def error(self, z: Tensor, z1: Tensor) -> float:
         norm = super().error(z, z1)
-        dynamics, tableau, tolerance = self.dynamics, self.tableau, self.tolerance
+        dynamics, tolerance = self.dynamics, self.tolerance
         assert isinstance(dynamics, _AdjointDynamics)
         assert tolerance is not None
-        totals = dynamics.totals
-        if not totals.params:
+        if not dynamics.totals.params:
             return norm
-        nothing = torch.zeros(sum(p.numel() for p in totals.params), dtype=z.dtype, device=z.device)
 
-        def flat(c: Cotangents) -> Tensor:
-            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(totals.params, c.params, strict=True)]
-            return torch.cat([x.reshape(-1) for x in parts])
+        def flat(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([x.reshape(-1).to(z.dtype) for x in tensors])
 
-        kept = [flat(c) if c.params else nothing for c in dynamics.kept]
-        stages = torch.stack(kept)
-        rows = torch.tensor([tableau.b, *tableau.error], dtype=z.dtype, device=z.device) * self.dt
-        change, errors = torch.split(torch.mm(rows, stages), [1, len(tableau.error)])
-        before = torch.cat([p.reshape(-1) for p in totals.params])
-        size = torch.maximum(before.abs(), (before - change[0]).abs())
+        before, first = flat(dynamics.totals.params), flat(dynamics.first)
+        rows = [self.dt * (w[0] * first + flat(s)) for w, s in zip(dynamics.weights, dynamics.sums, strict=True)]
+        size = torch.maximum(before.abs(), (before - rows[0]).abs())
+        # A tolerance that differs from element to element of the state says nothing of parameters: its smallest.
         own = [x if not isinstance(x, Tensor) else x.min() for x in (tolerance.rtol, tolerance.atol)]
-        return max(norm, error_norm(errors, size, *own))
+        return max(norm, error_norm(torch.stack(rows[1:]), size, *own))

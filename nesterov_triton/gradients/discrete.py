@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from nesterov_triton.flow import Cotangents, Flow, Linearisation
 from nesterov_triton.gradients.leaves import check_leaves, check_parameters, without_hooks
 from nesterov_triton.gradients.problem import Problem, forward
-from nesterov_triton.gradients.totals import Totals
+from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.stepping.explicit_rk import dense_output, stage_times
@@ -86,7 +86,7 @@ class _Discrete(torch.autograd.Function):
             adjoint,
             sweep.times if needs[2] else None,
             *totals.scalars.values(),
-            *totals.params,
+            *totals.of_params(),
         )
 
 
@@ -104,7 +104,6 @@ class ReverseSweep:
         self.times = torch.zeros(len(times), dtype=torch.float64, device="cpu")
         self._dense = dense_output(tableau)
         self._transpose: _Transpose | None = None
-        self._checked = False
 
     def step(self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> Tensor:
         """The cotangent of the state `z` at t, [D], from that of the state at t1 and those of requested states.
@@ -129,9 +128,8 @@ class ReverseSweep:
             if i > 0:
                 runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i], out=state.flat)
             lin = flow.linearise(at, i, state, step.slopes[i], step.values[i])
-            if not self._checked:
+            if i == 0:  # at every step: a field may use a tensor at some times only
                 check_leaves(flow, lin)
-                self._checked = True
             lins.append(lin)
 
         # And back.
@@ -151,7 +149,7 @@ class ReverseSweep:
             # Popped, so that the stage's graph goes when it has been used.
             found.append(flow.pullback(at, i, lins.pop(), Row.of(of_slope, flow.rows), step.cotangents[i]))
             # At once: a stage's cotangents are as large as the network.
-            self.totals.add_params(found[-1:])
+            accumulate(self.totals.params, found[-1].params)
             found[-1].params = ()
         found.reverse()
         of_times = self.totals.add_coefficients(times, found)

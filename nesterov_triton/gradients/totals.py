@@ -10,28 +10,34 @@ from torch import Tensor
 from nesterov_triton.flow import Cotangents, Flow
 
 
+def zeros_for(params: Sequence[Tensor]) -> list[Tensor]:
+    """A sum for each of `params`, of its shape, in at least float32."""
+    return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
+
+
+def accumulate(sums: Sequence[Tensor], found: Sequence[Tensor | None], weight: float = 1.0) -> None:
+    """sums += weight · found, where None is zero."""
+    have = [(p, g) for p, g in zip(sums, found, strict=True) if g is not None]
+    if have and weight != 0.0:
+        torch._foreach_add_([p for p, _ in have], [g for _, g in have], alpha=weight)
+
+
 class Totals:
     """Sums, over stages and steps, of the cotangents of everything but the state.
 
     Attributes:
-        params: one tensor for each of Flow.params, of its shape.
+        params: one tensor for each of Flow.params, of its shape, in at least float32.
         scalars: by name, 0-d float64.
     """
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
-        self.params = [torch.zeros_like(p) for p in flow.params]
+        self.params = zeros_for(flow.params)
         self.scalars = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in flow.scalars}
 
-    def add_params(self, stages: Sequence[Cotangents], weights: Sequence[float] | None = None) -> None:
-        """Add each stage's parameter cotangents, times its weight (1 without)."""
-        for i, stage in enumerate(stages):
-            weight = 1.0 if weights is None else weights[i]
-            if weight == 0.0 or not stage.params:
-                continue
-            have = [(p, g) for p, g in zip(self.params, stage.params, strict=True) if g is not None]
-            if have:
-                torch._foreach_add_([p for p, _ in have], [g for _, g in have], alpha=weight)
+    def of_params(self) -> list[Tensor]:
+        """The parameters' cotangents, in their own dtypes."""
+        return [total.to(p.dtype) for total, p in zip(self.params, self.flow.params, strict=True)]
 
     def add_coefficients(
         self, times: Sequence[float], stages: Sequence[Cotangents], weights: Sequence[float] | None = None

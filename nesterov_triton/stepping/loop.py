@@ -117,7 +117,8 @@ def _adaptive(
         h = t1 - t
         if progress.attempted >= options.max_steps:
             raise fail(Status.MAX_STEPS, h)
-        if abs(h) <= 4 * math.ulp(t):
+        # An interval as short as that is taken whole, once.
+        if abs(h) <= 4 * math.ulp(t) and (t1 != end or after_rejection):
             raise fail(Status.STEP_UNDERFLOW if finite else Status.NON_FINITE, h)
         z1 = stepper.step(t, t1, z)
         error = stepper.error(z, z1)
