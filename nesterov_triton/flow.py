@@ -1,18 +1,19 @@
-"""A system bound to one solve: shapes, dtype, the damping's and residual's values, the count of evaluations.
+"""A system bound to one solve: shapes, dtype, the damping's and residual's values.
 
-The flow turns stage times into coefficients, calls the user's network and checks what it returns, and gives the
-right-hand side in three forms: its value, its value with the network's graph kept, and its transpose.
+The flow turns stage times into coefficients and gives the right-hand side in three forms: its value, its value with the
+network's graph kept, and its transpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nesterov_triton.network import Network
 from nesterov_triton.ops import momentum
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.systems import Coefficients, Momentum, System
@@ -66,34 +67,29 @@ class Flow:
 
     Args:
         system: the right-hand side.
-        shape, dtype, device: of h.
         scalars: the values of the system's learnable scalars for this solve ("damping", "xi"), 0-d tensors.
         params: the tensors that gradients are wanted of beside state and scalars.
-        autocast: the dtype of the autocast that the network runs under; None for none. Nothing else runs under it.
+        network: the system's field, as this solve calls it.
+        time_grads: whether cotangents of the times are wanted of `pullback`.
+        coefficient_grads: whether those of the scalars are.
     """
 
     def __init__(
         self,
         system: System,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        device: torch.device,
+        network: Network,
         scalars: dict[str, Tensor],
         params: tuple[Tensor, ...] = (),
-        autocast: torch.dtype | None = None,
+        *,
+        time_grads: bool = False,
+        coefficient_grads: bool = False,
     ) -> None:
-        self.system, self.shape, self.dtype, self.device = system, shape, dtype, device
-        self.scalars, self.params = scalars, params
+        self.system, self.network, self.scalars, self.params = system, network, scalars, params
+        self.shape, self.dtype, self.device = network.shape, network.dtype, network.device
+        self.time_grads, self.coefficient_grads = time_grads, coefficient_grads
         self.rows = system.rows
-        self.evaluations = 0
         self._values: tuple[float, float] | None = None  # of damping and xi
-        self._call = system.field  # past nn.Module's attribute lookup
         self._gates = momentum.Gates.of(system.gate_x, system.gate_f) if isinstance(system, Momentum) else None
-        self._autocast = autocast
-        self.coefficient_grads = False  # whether cotangents of the coefficients are wanted
-        self.time_grads = False  # whether cotangents of the times are wanted
-        self.on_output: Callable[[Tensor], object] | None = None  # sees the network's outputs that have a graph
-        self.watch = False  # whether the first evaluation keeps its graph whatever the grad mode
 
     # -- the time alone ------------------------------------------------------------------------------------------------
 
@@ -164,7 +160,7 @@ class Flow:
 
     def derivative(self, at: StageTimes, i: int, z: OpenState, out: Row | None = None) -> Sequence[Tensor]:
         """The right-hand side at stage `i` and state `z`, as parts of [N]; written into `out` if given."""
-        u = self._field(at.t[i], *self._features(at.scale[i], z))
+        u = self.network(at.t[i], *self._features(at.scale[i], z))
         if self._gates is None:
             u = u.reshape(-1)
             return (u,) if out is None else (out.flat.copy_(u),)
@@ -181,7 +177,7 @@ class Flow:
         t = at.t[i]
         time = t.detach().requires_grad_() if self.time_grads else None
         with torch.enable_grad():
-            u = self._field(t if time is None else time, *leaves)
+            u = self.network(t if time is None else time, *leaves)
         flat = u.detach().reshape(-1)
         if self._gates is None:
             out.flat.copy_(flat)
@@ -230,57 +226,10 @@ class Flow:
                 found.drive = torch.dot(c_m, self._gates.f(u))
         return found
 
-    # -- the network ---------------------------------------------------------------------------------------------------
-
     def _features(self, scale: Tensor | None, z: OpenState) -> Sequence[Tensor]:
         if scale is not None:
             return (z.shaped[0] * scale,)
         return z.shaped if self.system.sees_momentum else z.shaped[:1]
-
-    def _field(self, t: Tensor, *features: Tensor) -> Tensor:
-        if self._autocast is not None:
-            # Without its cache: that may hold weights cast in the forward pass, without their graph.
-            with torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False):
-                u = self._call(t, *features) if self.evaluations else self._first(t, *features)
-        else:
-            u = self._call(t, *features) if self.evaluations else self._first(t, *features)
-        self.evaluations += 1
-        if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
-            u = self._checked(u)
-        if self.on_output is not None and u.requires_grad:
-            self.on_output(u)
-        return u
-
-    def _first(self, t: Tensor, *features: Tensor) -> Tensor:
-        """The first evaluation, looked at for what would be wrong every time."""
-        versions = [None if x.is_inference() else x._version for x in features]
-        with torch.set_grad_enabled(self.watch or torch.is_grad_enabled()):
-            u = self._call(t, *features)
-        if versions != [None if x.is_inference() else x._version for x in features]:
-            raise RuntimeError(
-                f"field {_name(self.system.field)} changes its input in place, and that is the solver's state; "
-                "use inplace=False, or clone the input first"
-            )
-        return u
-
-    def _checked(self, u: Any) -> Tensor:
-        """Raise for what a field must not return; accept a tensor subclass, and autocast's narrower dtype."""
-        name = _name(self.system.field)
-        shape, device = tuple(self.shape), self.device
-        if not isinstance(u, Tensor):
-            raise TypeError(f"field {name} returned {type(u).__name__}; it must return a tensor of h's shape")
-        if u.shape != self.shape:
-            raise ValueError(f"field {name} returned shape {tuple(u.shape)} for h of shape {shape}; return h's")
-        if u.device != device:
-            raise ValueError(f"field {name} returned a tensor on {u.device}, h is on {device}; move the field there")
-        if u.dtype != self.dtype:
-            if not (self._autocast is not None and u.is_floating_point()):
-                raise ValueError(
-                    f"field {name} returned {u.dtype} for h of {self.dtype}; convert the field or the input, "
-                    f"for example with .to({self.dtype})"
-                )
-            return u.to(self.dtype)
-        return u
 
     def _through_field(
         self, lin: Linearisation, g: Tensor, params: tuple[Tensor, ...]
@@ -295,7 +244,3 @@ class Flow:
         if lin.time is None:
             return through, None, grads[n:]
         return through, grads[n], grads[n + 1 :]
-
-
-def _name(field: object) -> str:
-    return type(field).__name__ if isinstance(field, nn.Module) else getattr(field, "__name__", type(field).__name__)

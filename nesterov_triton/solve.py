@@ -227,10 +227,8 @@ def run(
 
 def _solve_without_gradient(problem: Problem) -> list[Tensor]:
     """The states, where nothing known needs a gradient. If the field does all the same, a backward pass will raise."""
-    flow = problem.flow()
     graphs: list[Tensor] = []
-    if torch.is_grad_enabled():
-        flow.watch, flow.on_output = True, graphs.append
+    flow = problem.flow(watch=True, on_output=graphs.append) if torch.is_grad_enabled() else problem.flow()
     with torch.no_grad():
         states = forward(problem, flow)
     return refuse_gradients(states, graphs[0]) if graphs else states

@@ -101,14 +101,13 @@ class _Adjoint(torch.autograd.Function):
         states = ctx.saved_tensors[-len(problem.times) :]
         needs = ctx.needs_input_grad[3:]
         n = len(problem.scalars)
-        scalars = [s.detach().requires_grad_() for s in problem.scalars.values()]
-        flow = problem.flow(scalars)
-        flow.coefficient_grads = any(needs[2 : 2 + n])
+        # The times' gradients come from the solution's slope at each of them, not from the stages.
+        flow = problem.flow_back(time_grads=False, coefficient_grads=any(needs[2 : 2 + n]))
         try:
             with problem.without_autocast(), without_hooks(problem.params):
                 adjoint, of_times, totals = _solve_back(problem, flow, ctx.strategy, states, cotangents, needs[1])
         finally:
-            problem.stats.nfe_backward += flow.evaluations
+            problem.stats.nfe_backward += flow.network.evaluations
         return None, None, None, adjoint, of_times, *totals.scalars.values(), *totals.of_params()
 
 

@@ -19,12 +19,13 @@ class Backprop:
 
     def solve(self, problem: Problem) -> list[Tensor]:
         """The states at the requested times after the first, [D] each, with their graph."""
-        flow = problem.flow()
         stats = problem.stats
 
         def count(_: Tensor) -> None:
             stats.nfe_backward += 1
 
-        # A leaf is the user's own tensor: the hook would outlive the solve.
-        flow.on_output = lambda u: None if u.is_leaf else u.register_hook(count)  # type: ignore[no-untyped-call]
-        return forward(problem, flow, differentiable=True)
+        def watch(u: Tensor) -> None:
+            if not u.is_leaf:  # a leaf is the user's own tensor: the hook would outlive the solve
+                u.register_hook(count)  # type: ignore[no-untyped-call]
+
+        return forward(problem, problem.flow(on_output=watch), differentiable=True)

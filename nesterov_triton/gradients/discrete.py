@@ -67,10 +67,7 @@ class _Discrete(torch.autograd.Function):
         starts = ctx.saved_tensors[-len(ctx.spans) :]
         needs = ctx.needs_input_grad
         n = len(problem.scalars)
-        scalars = [s.detach().requires_grad_() for s in problem.scalars.values()]
-        flow = problem.flow(scalars)
-        flow.time_grads = needs[2]
-        flow.coefficient_grads = needs[2] or any(needs[3 : 3 + n])
+        flow = problem.flow_back(time_grads=needs[2], coefficient_grads=needs[2] or any(needs[3 : 3 + n]))
         sweep = ReverseSweep(problem.tableau, flow, problem.times.tolist())
         adjoint = torch.zeros_like(problem.z)
         try:
@@ -79,7 +76,7 @@ class _Discrete(torch.autograd.Function):
                     wanted = [(k, cotangents[k - 1]) for k in outputs]
                     adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
         finally:
-            problem.stats.nfe_backward += flow.evaluations
+            problem.stats.nfe_backward += flow.network.evaluations
         totals = sweep.totals
         return (
             None,

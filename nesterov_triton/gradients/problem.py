@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton.flow import Flow
+from nesterov_triton.network import Network
 from nesterov_triton.status import Stats
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, TimeAxis, Tolerance
 from nesterov_triton.stepping.loop import LoopOptions, OnAccept, Progress, integrate
@@ -47,10 +48,19 @@ class Problem:
     frozen: tuple[Tensor, ...] = ()
     autocast: torch.dtype | None = None
 
-    def flow(self, scalars: Sequence[Tensor] | None = None) -> Flow:
-        """The system bound to this solve, on other values of the scalars if given."""
-        values = self.scalars if scalars is None else dict(zip(self.scalars, scalars, strict=True))
-        return Flow(self.system, self.shape, self.z.dtype, self.z.device, values, self.params, self.autocast)
+    def flow(self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None) -> Flow:
+        """The system bound to this solve; `watch` and `on_output` as for `Network`."""
+        return Flow(self.system, self._network(watch, on_output), self.scalars, self.params)
+
+    def flow_back(self, *, time_grads: bool, coefficient_grads: bool) -> Flow:
+        """The same for a backward pass: on leaves in place of the scalars, with the cotangents that are wanted."""
+        leaves = {name: value.detach().requires_grad_() for name, value in self.scalars.items()}
+        wanted = {"time_grads": time_grads, "coefficient_grads": coefficient_grads}
+        return Flow(self.system, self._network(), leaves, self.params, **wanted)
+
+    def _network(self, watch: bool = False, on_output: Callable[[Tensor], object] | None = None) -> Network:
+        z = self.z
+        return Network(self.system.field, self.shape, z.dtype, z.device, self.autocast, watch, on_output)
 
     def without_autocast(self) -> AbstractContextManager[object]:
         """A context for the solver's own arithmetic, which keeps the state's dtype."""
@@ -99,6 +109,6 @@ def forward(
     try:
         return integrate(stepper, z, times, problem.options, progress, on_accept)
     finally:
-        problem.stats.nfe_forward += flow.evaluations
+        problem.stats.nfe_forward += flow.network.evaluations
         problem.stats.accepted += progress.accepted
         problem.stats.rejected += progress.rejected

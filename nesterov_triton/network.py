@@ -1,0 +1,96 @@
+"""The user's network as a solve calls it: counted, checked, under its own autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nesterov_triton.systems import Field
+
+
+class Network:
+    """A field, bound to the shape, dtype and device that its output must have.
+
+    Args:
+        field: f(t, h) or f(t, h, m).
+        shape, dtype, device: of h.
+        autocast: the dtype of the autocast it runs under; None for none.
+        watch: keep the graph of the first evaluation whatever the grad mode.
+        on_output: is shown the outputs that have a graph.
+
+    Attributes:
+        evaluations: calls so far.
+    """
+
+    def __init__(
+        self,
+        field: Field,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        watch: bool = False,
+        on_output: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.evaluations = 0
+        self._field, self._autocast, self._watch, self._on_output = field, autocast, watch, on_output
+
+    def __call__(self, t: Tensor, *features: Tensor) -> Tensor:
+        """The field's output, of h's shape, dtype and device.
+
+        Raises:
+            ValueError, TypeError: it is something else.
+            RuntimeError: the field changes its input in place.
+        """
+        call = self._field if self.evaluations else self._first
+        if self._autocast is None:
+            u = call(t, *features)
+        else:
+            # Without its cache: that may hold weights cast in the forward pass, without their graph.
+            with torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False):
+                u = call(t, *features)
+        self.evaluations += 1
+        if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
+            u = self._checked(u)
+        if self._on_output is not None and u.requires_grad:
+            self._on_output(u)
+        return u
+
+    def _first(self, t: Tensor, *features: Tensor) -> Tensor:
+        """The first evaluation, looked at for what would be wrong every time."""
+        versions = [None if x.is_inference() else x._version for x in features]
+        with torch.set_grad_enabled(self._watch or torch.is_grad_enabled()):
+            u = self._field(t, *features)
+        if versions != [None if x.is_inference() else x._version for x in features]:
+            raise RuntimeError(
+                f"field {self._name()} changes its input in place, and that is the solver's state; "
+                "use inplace=False, or clone the input first"
+            )
+        return u
+
+    def _checked(self, u: Any) -> Tensor:
+        """Raise for what a field must not return; accept a tensor subclass, and autocast's narrower dtype."""
+        name, shape, device = self._name(), tuple(self.shape), self.device
+        if not isinstance(u, Tensor):
+            raise TypeError(f"field {name} returned {type(u).__name__}; it must return a tensor of h's shape")
+        if u.shape != self.shape:
+            raise ValueError(f"field {name} returned shape {tuple(u.shape)} for h of shape {shape}; return h's")
+        if u.device != device:
+            raise ValueError(f"field {name} returned a tensor on {u.device}, h is on {device}; move the field there")
+        if u.dtype != self.dtype:
+            if not (self._autocast is not None and u.is_floating_point()):
+                raise ValueError(
+                    f"field {name} returned {u.dtype} for h of {self.dtype}; convert the field or the input, "
+                    f"for example with .to({self.dtype})"
+                )
+            return u.to(self.dtype)
+        return u
+
+    def _name(self) -> str:
+        field = self._field
+        kind = type(field).__name__
+        return kind if isinstance(field, nn.Module) else getattr(field, "__name__", kind)
