@@ -32,51 +32,51 @@ class Launch:
         return self.read + self.written
 
 
-def momentum_stage(tableau: Tableau, stage: int, known: bool = False, momentum: bool = False) -> Launch:
-    """The launch between the field's evaluation at `stage` and the next; arguments as `ops.momentum_stage`."""
-    step_row = (*tableau.a, tableau.b)[stage + 1]
-    position_rows = [step_row] if known else [step_row, tableau.a[stage]]
-    slopes = _slopes_read(tableau, stage, position_rows, [step_row] if momentum else [], through=not known)
-    return Launch(f"momentum stage {stage}", 2 + (not known) + slopes, 1 + (not known) + momentum)
+def momentum_stage(tableau: Tableau, known: int, new: int, ahead: int, momentum: bool = False) -> Launch:
+    """The launch that takes the field's outputs at `new` stages, with the `known` slopes before them, to the features
+    of the `ahead` stages after them; see `ops.momentum_stage`."""
+    following = known + new
+    positions = [*range(known, following), *range(following, following + ahead)]  # x of these stages
+    momenta = [*range(known, following), *([following] if momentum else [])]
+    read = 2 + new + _slopes_read(tableau.a, known, positions, momenta)
+    return Launch(f"momentum stages {following}-{following + ahead - 1}", read, new + ahead + momentum)
 
 
-def momentum_finish(tableau: Tableau, keep: bool = True) -> Launch:
+def momentum_finish(tableau: Tableau, new: int, keep: int = 1) -> Launch:
     """The launch that ends the step; its norm's second half reads no rows."""
-    last = tableau.stages - 1
-    ends = [tableau.b, *tableau.error]
-    return Launch("momentum finish", 3 + _slopes_read(tableau, last, [*ends, tableau.a[last]], ends), 2 + keep)
+    known = tableau.stages - new
+    rows = (*tableau.a, tableau.b, *tableau.error)
+    ends = range(tableau.stages, len(rows))
+    slopes = _slopes_read(rows, known, [*range(known, tableau.stages), *ends], [*range(known, tableau.stages), *ends])
+    return Launch("momentum finish", 2 + new + slopes, 2 + keep)
 
 
-def _slopes_read(
-    tableau: Tableau,
-    stage: int,
-    position_rows: Sequence[Sequence[float]],
-    momentum_rows: Sequence[Sequence[float]],
-    through: bool = True,
-) -> int:
-    """How many stored dm_j a kernel reads that forms these combinations of the σ_x(m_k) and of the dm_j, and m_stage
-    itself if `through`."""
-    momenta = {k for row in position_rows for k, weight in enumerate(row) if weight != 0}
-    if through:
-        momenta.add(stage)
-    needed = {j for k in momenta for j, weight in enumerate(tableau.a[k]) if weight != 0}
-    needed |= {j for row in momentum_rows for j, weight in enumerate(row) if weight != 0}
-    # The stage's own slope is in registers, unless it came from an earlier step.
-    return len({j for j in needed if j < stage or not through})
+def _slopes_read(rows: Sequence[Sequence[float]], known: int, positions: Sequence[int], momenta: Sequence[int]) -> int:
+    """How many of the `known` dm_j a kernel reads that forms these combinations of the dx_j = σ_x(m_j) and of the dm_j
+    (indices of rows)."""
+    formed = {j for row in positions for j, weight in enumerate(rows[row]) if weight != 0}
+    needed = {j for row in {*formed, *momenta} for j, weight in enumerate(rows[row]) if weight != 0}
+    return len({j for j in needed if j < known})
 
 
-def momentum_step(tableau: Tableau) -> list[Launch]:
-    """All launches of one step of an FSAL method on a momentum system whose field sees h alone."""
-    stages = [momentum_stage(tableau, i, known=i == 0) for i in range(tableau.stages - 1)]
-    return [*stages, momentum_finish(tableau), Launch("norm", 0, 0)]
+def momentum_step(tableau: Tableau, pairs: bool = True) -> list[Launch]:
+    """All launches of one step of an FSAL method on a momentum system; two stages a launch unless the field sees m."""
+    launches, known, new = [], 1, 0
+    while known + new < tableau.stages:
+        ahead = min(2 if pairs else 1, tableau.stages - known - new)
+        launches.append(momentum_stage(tableau, known, new, ahead, not pairs))
+        known, new = known + new, ahead
+    return [*launches, momentum_finish(tableau, new), Launch("norm", 0, 0)]
 
 
-def momentum_floor(tableau: Tableau) -> int:
-    """Rows of a step in which every launch reads each value that it needs once and writes only what others need: the
-    features for the field, the new state. Slopes are not written but formed again from the field's outputs."""
-    launches = momentum_step(tableau)
-    slopes_written = tableau.stages - 1  # all but the first, which is known
-    return sum(launch.rows for launch in launches) - slopes_written
+def momentum_floor(tableau: Tableau, pairs: bool = True) -> int:
+    """Rows of a step in which every launch reads each value that it needs once, and writes nothing but what others
+    must have: the field its arguments, the next step its state and first slope. The slopes between are not written but
+    formed again from the field's outputs, of which as many are read as slopes are otherwise."""
+    *stages, _, _ = launches = momentum_step(tableau, pairs)
+    arguments = (tableau.stages - 1) * (1 if pairs else 2)
+    slopes_between = sum(launch.written for launch in stages) - arguments
+    return sum(launch.rows for launch in launches) - slopes_between
 
 
 def first_order_step(tableau: Tableau) -> list[Launch]:
@@ -107,6 +107,7 @@ def main() -> None:
     tableau, n, itemsize = tableaus.get("dopri5"), 2**24, 4
     for launches, floor in (
         (momentum_step(tableau), momentum_floor(tableau)),
+        (momentum_step(tableau, pairs=False), momentum_floor(tableau, pairs=False)),
         (first_order_step(tableau), sum(launch.rows for launch in first_order_step(tableau))),
     ):
         for launch in launches:

@@ -98,19 +98,18 @@ def main(capabilities: list[int]) -> None:
 def cases():  # type: ignore[no-untyped-def]
     """(label, a call of a launcher)."""
     float32, dopri5, dopri8 = torch.float32, tableaus.get("dopri5"), tableaus.get("dopri8")
-    for stage in range(dopri5.stages - 1):
-        yield f"momentum stage {stage} dopri5 float32", stage_call(dopri5, stage, float32, known=stage == 0)
-    yield "momentum stage 0 dopri5 float32 u", stage_call(dopri5, 0, float32)
-    yield "momentum stage 3 dopri5 float32 m", stage_call(dopri5, 3, float32, IDENTITY, momentum=True)
-    yield "momentum stage 3 dopri5 float32 hardtanh", stage_call(dopri5, 3, float32, HARDTANH)
-    yield "momentum stage 11 dopri8 float32", stage_call(dopri8, 11, float32)
+    for known, new, ahead in ((1, 0, 2), (0, 1, 2), (1, 2, 2), (3, 2, 2), (1, 0, 1), (5, 1, 1)):
+        yield f"momentum stage {known}+{new}+{ahead} dopri5 float32", stage_call(dopri5, known, new, ahead, float32)
+    yield "momentum stage 3+1+1 dopri5 float32 m", stage_call(dopri5, 3, 1, 1, float32, IDENTITY, momentum=True)
+    yield "momentum stage 3+2+2 dopri5 float32 hardtanh", stage_call(dopri5, 3, 2, 2, float32, HARDTANH)
+    yield "momentum stage 9+2+2 dopri8 float32", stage_call(dopri8, 9, 2, 2, float32)
     yield "momentum finish dopri5 float32", finish_call(dopri5, float32)
     yield "momentum finish dopri5 float32 hardtanh", finish_call(dopri5, float32, HARDTANH)
     yield "momentum finish dopri8 float32", finish_call(dopri8, float32)
-    yield "momentum finish rk4 float32", finish_call(tableaus.get("rk4"), float32)
+    yield "momentum finish rk4 float32", finish_call(tableaus.get("rk4"), float32, new=1)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        yield f"momentum stage 5 dopri5 {name}", stage_call(dopri5, 5, dtype)
+        yield f"momentum stage 3+2+2 dopri5 {name}", stage_call(dopri5, 3, 2, 2, dtype)
         yield f"momentum finish dopri5 {name}", finish_call(dopri5, dtype)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -132,19 +131,18 @@ def coefficients(tableau: tableaus.Tableau) -> torch.Tensor:
     return torch.empty((tableau.stages, 4), dtype=torch.float64)
 
 
-def stage_call(tableau, stage, dtype, gate=SOFTCLIP, known=False, momentum=False):  # type: ignore[no-untyped-def]
-    (u,), (z,), dt = rows(1, dtype), [torch.empty(2 * N, dtype=dtype)], scalars(1)
-    slopes = rows(stage + known, dtype)
-    given = None if known else u
+def stage_call(tableau, known, new, ahead, dtype, gate=SOFTCLIP, momentum=False):  # type: ignore[no-untyped-def]
+    outputs, slopes, z = rows(new, dtype), rows(known, dtype), torch.empty(2 * N, dtype=dtype)
     return lambda: momentum_stage.launch(
-        given, z, slopes, coefficients(tableau), *dt, tableau, stage, gate, gate, momentum
+        outputs, z, slopes, coefficients(tableau), *scalars(1), tableau, gate, gate, ahead, momentum
     )
 
 
-def finish_call(tableau, dtype, gate=SOFTCLIP):  # type: ignore[no-untyped-def]
-    (u,), z = rows(1, dtype), torch.empty(2 * N, dtype=dtype)
-    slopes = rows(tableau.stages - 1, dtype)
-    return lambda: momentum_finish.launch(u, z, slopes, coefficients(tableau), *scalars(3), tableau, gate, gate, True)
+def finish_call(tableau, dtype, gate=SOFTCLIP, new=2):  # type: ignore[no-untyped-def]
+    outputs, slopes, z = rows(new, dtype), rows(tableau.stages - new, dtype), torch.empty(2 * N, dtype=dtype)
+    return lambda: momentum_finish.launch(
+        outputs, z, slopes, coefficients(tableau), *scalars(3), tableau, gate, gate, 1
+    )
 
 
 def first_order_stage_call(tableau, stage, dtype):  # type: ignore[no-untyped-def]

@@ -52,15 +52,17 @@ def test_nothing_of_a_float64_kernel_is_float32(compiled):
 
 
 EXPECTED = {
-    **{f"momentum stage {i} dopri5 float32": traffic.momentum_stage(DOPRI5, i, known=i == 0) for i in range(6)},
-    "momentum stage 0 dopri5 float32 u": traffic.momentum_stage(DOPRI5, 0),
-    "momentum stage 3 dopri5 float32 m": traffic.momentum_stage(DOPRI5, 3, momentum=True),
-    "momentum stage 11 dopri8 float32": traffic.momentum_stage(DOPRI8, 11),
-    "momentum finish dopri5 float32": traffic.momentum_finish(DOPRI5),
-    "momentum finish dopri8 float32": traffic.momentum_finish(DOPRI8),
-    "momentum finish rk4 float32": traffic.momentum_finish(RK4),
-    "momentum finish dopri5 float64": traffic.momentum_finish(DOPRI5),
-    "momentum finish dopri5 bfloat16": traffic.momentum_finish(DOPRI5),
+    **{
+        f"momentum stage {known}+{new}+{ahead} dopri5 float32": traffic.momentum_stage(DOPRI5, known, new, ahead)
+        for known, new, ahead in ((1, 0, 2), (0, 1, 2), (1, 2, 2), (3, 2, 2), (1, 0, 1), (5, 1, 1))
+    },
+    "momentum stage 3+1+1 dopri5 float32 m": traffic.momentum_stage(DOPRI5, 3, 1, 1, momentum=True),
+    "momentum stage 9+2+2 dopri8 float32": traffic.momentum_stage(DOPRI8, 9, 2, 2),
+    "momentum finish dopri5 float32": traffic.momentum_finish(DOPRI5, 2),
+    "momentum finish dopri8 float32": traffic.momentum_finish(DOPRI8, 2),
+    "momentum finish rk4 float32": traffic.momentum_finish(RK4, 1),
+    "momentum finish dopri5 float64": traffic.momentum_finish(DOPRI5, 2),
+    "momentum finish dopri5 bfloat16": traffic.momentum_finish(DOPRI5, 2),
     "first order stage 5 dopri5 float32": traffic.first_order_step(DOPRI5)[5],
     "first order finish dopri5 float32": traffic.first_order_finish(DOPRI5),
     "first order finish dopri8 float32": traffic.first_order_finish(DOPRI8),

@@ -9,27 +9,37 @@ from nesterov_triton.ops.runge_kutta.kernel import combine, stored
 
 
 @triton.jit
-def position_slopes(m, dt, slopes, A: tl.constexpr, STAGE: tl.constexpr, gate_x: tl.constexpr, BOUND_X: tl.constexpr):
-    """dx_j = σ_x(m_j) for the stages j ≤ STAGE, from m_n and the dm_j with j < STAGE alone."""
-    dx = ()
-    for j in tl.static_range(STAGE + 1):
-        dx = dx + (gate_x(combine(m, dt, slopes, A, j), BOUND_X),)
-    return dx
-
-
-@triton.jit
-def momentum_slope(
-    u, x, m, dt, slopes, dx, row_ptr, A: tl.constexpr, STAGE: tl.constexpr,
-    gate_f: tl.constexpr, BOUND_F: tl.constexpr, DTYPE: tl.constexpr,
+def all_slopes(
+    outputs, x, m, dt, dm, coefficients_ptr, slope_ptrs, offsets, mask,
+    A: tl.constexpr, KNOWN: tl.constexpr, NEW: tl.constexpr, KEPT: tl.constexpr,
+    gate_x: tl.constexpr, BOUND_X: tl.constexpr, gate_f: tl.constexpr, BOUND_F: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """dm_I = s σ_f(u) + q x_I - γ m_I, rounded as it will be stored: later kernels read it from there.
+    """dx_0 … dx_{KNOWN + NEW} and dm_0 … dm_{KNOWN + NEW - 1}, as two tuples of blocks.
+
+    dx_j = σ_x(m_j), and m_j needs the dm before it alone, so dx is one longer.
 
     Args:
-        row_ptr: the stage's coefficients (κ, s, q, -γ).
+        outputs: pointers to the field's outputs at the stages KNOWN … KNOWN + NEW - 1, [N] each.
+        x, m: blocks of x_n and m_n.
+        dm: blocks of dm_0 … dm_{KNOWN - 1}.
+        coefficients_ptr: rows (κ, s, q, -γ), [stages, 4].
+        slope_ptrs: where the last KEPT of the new dm go, [N] each.
+        DTYPE: the type of the rows; new dm are rounded to it, since that is how later kernels will read them.
     """
-    drive = tl.load(row_ptr + 1).to(m.dtype)
-    q = tl.load(row_ptr + 2).to(m.dtype)
-    minus_gamma = tl.load(row_ptr + 3).to(m.dtype)
-    x_i = combine(x, dt, dx, A, STAGE)
-    m_i = combine(m, dt, slopes, A, STAGE)
-    return stored(drive * gate_f(u, BOUND_F) + q * x_i + minus_gamma * m_i, DTYPE)
+    dx = ()
+    for j in tl.static_range(KNOWN + 1):
+        dx = dx + (gate_x(combine(m, dt, dm, A, j), BOUND_X),)
+    for j in tl.static_range(NEW):
+        u = tl.load(outputs[j] + offsets, mask=mask).to(m.dtype)
+        drive = tl.load(coefficients_ptr + (KNOWN + j) * 4 + 1).to(m.dtype)
+        q = tl.load(coefficients_ptr + (KNOWN + j) * 4 + 2).to(m.dtype)
+        minus_gamma = tl.load(coefficients_ptr + (KNOWN + j) * 4 + 3).to(m.dtype)
+        x_j = combine(x, dt, dx, A, KNOWN + j)
+        m_j = combine(m, dt, dm, A, KNOWN + j)
+        slope = stored(drive * gate_f(u, BOUND_F) + q * x_j + minus_gamma * m_j, DTYPE)
+        if j >= NEW - KEPT:
+            tl.store(slope_ptrs[j - NEW + KEPT] + offsets, slope, mask=mask)
+        dm = dm + (slope,)
+        # After the last stage this is σ_x of the step's end, which nobody uses and the compiler leaves out.
+        dx = dx + (gate_x(combine(m, dt, dm, A, KNOWN + j + 1), BOUND_X),)
+    return dx, dm

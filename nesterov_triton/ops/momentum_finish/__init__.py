@@ -19,7 +19,7 @@ __all__ = ["Finish", "momentum_finish"]
 
 
 def momentum_finish(
-    u: Tensor,
+    outputs: Sequence[Tensor],
     z: Tensor,
     slopes: Sequence[Tensor],
     coefficients: Tensor,
@@ -29,9 +29,9 @@ def momentum_finish(
     tableau: Tableau,
     gate_x: Gate,
     gate_f: Gate,
-    keep: bool = True,
+    keep: int = 1,
 ) -> Finish:
-    """The step's last slope, its end (x, m), and the norm of its embedded error over all of (x, m).
+    """The step's last slopes, its end (x, m), and the norm of its embedded error over all of (x, m).
 
     The norm is that of `stepping.explicit_rk.error_norm`, in a fixed order of summation; it is NaN where the new state
     or the last slope is not finite (a finite error over an infinite size would count as 0). For a fixed-step method it
@@ -41,34 +41,38 @@ def momentum_finish(
     elsewhere, and for gates that have no Triton form, the torch reference.
 
     Args:
-        u: f at the last stage, N elements.
+        outputs: the field's outputs at the last one or two stages, N elements each.
         z: (x_n, m_n), [2 N], float16, bfloat16, float32 or float64; other rows have its dtype. Contiguous, like all
             rows.
-        slopes: dm of all stages but the last, N elements each.
+        slopes: dm of all stages before, N elements each.
         coefficients: rows (κ, s, q, -γ), one for each stage of the method, [stages, 4] float32 or float64.
         dt, rtol, atol: one element each, float32 or float64; the tolerances are not looked at in fixed-step methods.
         tableau: the method.
         gate_x, gate_f: σ_x and σ_f.
-        keep: whether the last slope is wanted: the next step's first in an FSAL method, and needed by dense output.
+        keep: how many of the outputs' slopes are wanted, counted from the last: with FSAL that is the next step's
+            first, and dense output needs all.
 
     Raises:
         ValueError: sizes, dtypes or devices don't fit, or a row is not contiguous.
     """
     n = z.numel() // 2
-    if len(slopes) != tableau.stages - 1:
-        raise ValueError(f"finish of {tableau.name} with {len(slopes)} slopes, expected {tableau.stages - 1}")
+    count = len(slopes) + len(outputs)
+    if count != tableau.stages or not outputs:
+        raise ValueError(f"{len(slopes)} slopes and {len(outputs)} outputs for {tableau.name}: {tableau.stages} stages")
+    if not 0 <= keep <= len(outputs):
+        raise ValueError(f"keep must lie in 0..{len(outputs)}, the number of outputs, got {keep}")
     dispatch.check_rows(z, 2 * n, z=z)
-    dispatch.check_rows(z, n, u=u, slopes=slopes)
+    dispatch.check_rows(z, n, outputs=outputs, slopes=slopes)
     dispatch.check_scalars(z, coefficients=coefficients, dt=dt, rtol=rtol, atol=atol)
     if coefficients.shape != (tableau.stages, 4):
         raise ValueError(f"coefficients must have shape {(tableau.stages, 4)}, got {tuple(coefficients.shape)}")
-    tensors = u, z, slopes, coefficients, dt, rtol, atol
+    tensors = outputs, z, slopes, coefficients, dt, rtol, atol
     form_x, form_f = kernel_form(gate_x), kernel_form(gate_f)
     if form_x is None or form_f is None:
         return reference.momentum_finish(*tensors, tableau, gate_x, gate_f, keep)
     if dispatch.as_operator():
-        new, slope, error = _operator(*tensors, dispatch.method_name(tableau), *form_x, *form_f, keep)
-        return Finish(new, slope if keep else None, error)
+        new, kept, error = _operator(*tensors, dispatch.method_name(tableau), *form_x, *form_f, keep)
+        return Finish(new, kept, error)
     run: Callable[..., Finish] = _kernel() if z.is_cuda else reference.momentum_finish
     return run(*tensors, tableau, gate_x, gate_f, keep)
 
@@ -81,30 +85,28 @@ def _kernel() -> Callable[..., Finish]:
     return kernel.launch
 
 
-def _run(implementation: Callable[..., Finish], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(implementation: Callable[..., Finish], *args: Any) -> Finish:
     *tensors, method, gate_x, bound_x, gate_f, bound_f, keep = args
-    gates = of_form(gate_x, bound_x), of_form(gate_f, bound_f)
-    new, slope, error = implementation(*tensors, tableaus.get(method), *gates, keep)
-    return new, new.new_empty(0) if slope is None else slope, error
+    return implementation(*tensors, tableaus.get(method), of_form(gate_x, bound_x), of_form(gate_f, bound_f), keep)
 
 
-# (z, slope, error) as in `Finish`, the slope without elements where that has None.
 @torch.library.custom_op(
     "nesterov_triton::momentum_finish",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor u, Tensor z, Tensor[] slopes, Tensor coefficients, Tensor dt, Tensor rtol, Tensor atol, "
-    "str method, str gate_x, float bound_x, str gate_f, float bound_f, bool keep) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor[] outputs, Tensor z, Tensor[] slopes, Tensor coefficients, Tensor dt, Tensor rtol, Tensor atol, "
+    "str method, str gate_x, float bound_x, str gate_f, float bound_f, int keep) -> (Tensor, Tensor[], Tensor)",
 )
-def _operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _operator(*args: Any) -> Finish:
     return _run(reference.momentum_finish, *args)
 
 
 @_operator.register_kernel("cuda")
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> Finish:
     return _run(_kernel(), *args)
 
 
 @_operator.register_fake
-def _(u: Tensor, z: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(z), z.new_empty(z.numel() // 2 if args[-1] else 0), z.new_empty((), dtype=torch.float64)
+def _(outputs: Sequence[Tensor], z: Tensor, *args: Any) -> Finish:
+    kept = [z.new_empty(z.numel() // 2) for _ in range(args[-1])]
+    return Finish(torch.empty_like(z), kept, z.new_empty((), dtype=torch.float64))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nesterov_triton.gates import Gate
 from nesterov_triton.ops.dispatch import wide
-from nesterov_triton.ops.momentum_stage.reference import stage_slopes
+from nesterov_triton.ops.momentum_stage.reference import all_slopes
 from nesterov_triton.ops.runge_kutta import finished_norm, weighted
 from nesterov_triton.tableaus import Tableau
 
@@ -19,12 +19,12 @@ class Finish(NamedTuple):
     """What a step leaves behind."""
 
     z: Tensor  # (x, m) at its end, [2 N]
-    slope: Tensor | None  # dm of its last stage, [N], if asked for
+    slopes: Sequence[Tensor]  # dm of its last stages, [N] each, as many as asked for
     error: Tensor  # norm of the embedded error, 0-d float64
 
 
 def momentum_finish(
-    u: Tensor,
+    outputs: Sequence[Tensor],
     z: Tensor,
     slopes: Sequence[Tensor],
     coefficients: Tensor,
@@ -34,15 +34,15 @@ def momentum_finish(
     tableau: Tableau,
     gate_x: Gate,
     gate_f: Gate,
-    keep: bool,
+    keep: int,
 ) -> Finish:
     """See `ops.momentum_finish.momentum_finish`."""
-    dx, dm = stage_slopes(u, z, slopes, coefficients, dt, tableau, tableau.stages - 1, gate_x, gate_f)
+    dx, dm = all_slopes(outputs, z, slopes, coefficients, dt, tableau, gate_x, gate_f)
     dtype = wide(z.dtype)
     old, dt = z.view(2, -1).to(dtype), dt.to(dtype)
     x, m = old
     new = torch.stack((x + dt * weighted(dx, tableau.b, x), m + dt * weighted(dm, tableau.b, m))).to(z.dtype)
     errors = [dt * torch.stack((weighted(dx, row, x), weighted(dm, row, m))) for row in tableau.error]
-    slope = dm[-1].to(z.dtype)
-    error = finished_norm(errors, z.view(2, -1), new, slope, rtol, atol, dtype)
-    return Finish(new.view(-1), slope if keep else None, error)
+    kept = [k.to(z.dtype) for k in dm[len(dm) - keep :]]
+    error = finished_norm(errors, z.view(2, -1), new, dm[-1], rtol, atol, dtype)
+    return Finish(new.view(-1), kept, error)

@@ -1,21 +1,24 @@
-"""Triton kernel: one stage of a momentum system, from the field's output to the next stage's features.
+"""Triton kernel: from the field's outputs at one or two stages of a momentum system to its next one or two arguments.
 
-What is stored was decided by counting rows of N values. Stage i of a dopri5 step that goes on from an earlier one, and
-the whole step, its finish (in brackets) included:
+Two at a time, because x' = σ_x(m) does not look at u: x_{i+1} depends on m_0 … m_i, hence on u_0 … u_{i-1}. Once
+u_{i-1} is there, the features of stage i and of stage i + 1 can both be formed, unless the field sees m.
 
-| kept of earlier stages                | read at stage i > 0                | written          | whole step |
-|---------------------------------------|------------------------------------|------------------|------------|
-| σ_x(m_j) and dm_j                     | u x m, m_i h_i, up to 2 i - 1 rows | σ_x(m) dm m' h'  | 89 [16]    |
-| m_j and dm_j, σ_x computed again      | u x m, m_i h_i, up to 2 i - 1 rows | dm m' h'         | 84 [16]    |
-| **dm_j alone**, m_j computed again    | u x m, i rows                      | dm h'            | 55 [12]    |
-| u_j alone, everything computed again  | u x m, i rows                      | h'               | 49 [11]    |
+What is stored was decided by counting rows of N values, here of a whole dopri5 step whose first slope is known (FSAL,
+or a rejected step tried again), its finish included:
+
+| kept of earlier stages               | one stage a launch | two stages a launch |
+|--------------------------------------|--------------------|---------------------|
+| σ_x(m_j) and dm_j, m_i and h_i       | 89                 |                     |
+| m_j and dm_j, σ_x computed again     | 84                 |                     |
+| dm_j alone, m_j computed again too   | 55                 | **37**              |
+| u_j alone, everything computed again | 50                 | 33                  |
 
 m_j = m_n + dt Σ_k a_jk dm_k needs no row of its own: the dm_k are read anyway, and a few more products are hidden
-behind the memory. Nor does x_j, hence q x_j. Stage i reads 3 + i rows and writes 2; stage 0, whose slope is known
-(FSAL, or a rejected step tried again), reads x and m and writes h': x_1 depends on m_n alone.
+behind the memory. Nor does x_j, hence q x_j. A launch reads x and m, the outputs and the earlier dm_j, and writes
+the new dm_j and h.
 
 The last line is the floor: nothing of it can be left out. It is not what is done, for 11 % fewer bytes: every σ_f
-would be computed again in each later kernel, 14 gates an element instead of 8 in the finish, which by instruction
+would be computed again in each later kernel, 14 gates an element instead of 9 in the finish, which by instruction
 counts makes arithmetic the bound of an H200 in half precision and float64; and the field's outputs would have to stay
 as they are, which a field that reuses its output's memory does not grant.
 """
@@ -32,7 +35,7 @@ from torch import Tensor
 
 from nesterov_triton.gates import Gate, kernel_form
 from nesterov_triton.gates_triton import FORMS
-from nesterov_triton.ops.momentum.kernel import momentum_slope, position_slopes
+from nesterov_triton.ops.momentum.kernel import all_slopes
 from nesterov_triton.ops.momentum_stage.reference import Stage
 from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, weights
 from nesterov_triton.tableaus import Tableau
@@ -40,57 +43,50 @@ from nesterov_triton.tableaus import Tableau
 
 @triton.jit
 def stage_kernel(
-    u_ptr, z_ptr, slopes, coefficients_ptr, dt_ptr, slope_ptr, h_ptr, m_ptr, n,
-    A: tl.constexpr, STAGE: tl.constexpr, KNOWN: tl.constexpr,
+    outputs, z_ptr, slopes, coefficients_ptr, dt_ptr, slope_ptrs, h_ptrs, m_ptr, n,
+    A: tl.constexpr, KNOWN: tl.constexpr, NEW: tl.constexpr, AHEAD: tl.constexpr,
     gate_x: tl.constexpr, BOUND_X: tl.constexpr, gate_f: tl.constexpr, BOUND_F: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of stage STAGE.
+    """One block of the stages after the first `len(KNOWN)`; the next stage is `len(KNOWN) + NEW`.
 
     Args:
-        u_ptr: the field's output, [N]; None where `slopes` already has dm_I.
+        outputs: the field's outputs at NEW stages, [N] each.
         z_ptr: (x_n, m_n), [2 N].
         slopes: dm_0, dm_1, …, [N] each.
         coefficients_ptr: rows (κ, s, q, -γ), [stages, 4].
-        slope_ptr: where dm_I goes, [N]; None if it is known.
-        h_ptr: where h_{STAGE+1} goes, [N].
-        m_ptr: where m_{STAGE+1} goes, [N]; None if nobody looks at it.
+        slope_ptrs: where the NEW further dm go, [N] each.
+        h_ptrs: where the features of the next AHEAD stages go, [N] each.
+        m_ptr: where m of the next stage goes, [N]; None if nobody looks at it.
         KNOWN: True for each of the slopes.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     dt = tl.load(dt_ptr).to(WIDE)
-    scale = tl.load(coefficients_ptr + (STAGE + 1) * 4).to(WIDE)
     x = tl.load(z_ptr + offsets, mask=mask).to(WIDE)
     m = tl.load(z_ptr + n + offsets, mask=mask).to(WIDE)
-
     dm = load_rows(slopes, offsets, mask, WIDE, KNOWN)
-    dx = position_slopes(m, dt, dm, A, STAGE, gate_x, BOUND_X)
-
-    if u_ptr is not None:
-        u = tl.load(u_ptr + offsets, mask=mask).to(WIDE)
-        row_ptr = coefficients_ptr + STAGE * 4
-        slope = momentum_slope(
-            u, x, m, dt, dm, dx, row_ptr, A, STAGE, gate_f, BOUND_F, slope_ptr.dtype.element_ty
-        )  # fmt: skip
-        tl.store(slope_ptr + offsets, slope, mask=mask)
-        dm = dm + (slope,)
-
-    tl.store(h_ptr + offsets, scale * combine(x, dt, dx, A, STAGE + 1), mask=mask)
+    dx, dm = all_slopes(
+        outputs, x, m, dt, dm, coefficients_ptr, slope_ptrs, offsets, mask, A, len(KNOWN), NEW, NEW,
+        gate_x, BOUND_X, gate_f, BOUND_F, z_ptr.dtype.element_ty,
+    )  # fmt: skip
+    for j in tl.static_range(AHEAD):
+        scale = tl.load(coefficients_ptr + (len(KNOWN) + NEW + j) * 4).to(WIDE)
+        tl.store(h_ptrs[j] + offsets, scale * combine(x, dt, dx, A, len(KNOWN) + NEW + j), mask=mask)
     if m_ptr is not None:
-        tl.store(m_ptr + offsets, combine(m, dt, dm, A, STAGE + 1), mask=mask)
+        tl.store(m_ptr + offsets, combine(m, dt, dm, A, len(KNOWN) + NEW), mask=mask)
 
 
 def launch(
-    u: Tensor | None,
+    outputs: Sequence[Tensor],
     z: Tensor,
     slopes: Sequence[Tensor],
     coefficients: Tensor,
     dt: Tensor,
     tableau: Tableau,
-    stage: int,
     gate_x: Gate,
     gate_f: Gate,
+    ahead: int,
     momentum: bool,
 ) -> Stage:
     """As `momentum_stage`, by the kernel, on whatever device triton runs (a CPU under its interpreter)."""
@@ -98,15 +94,15 @@ def launch(
     if form_x is None or form_f is None:
         raise ValueError(f"no Triton form of {gate_x if form_x is None else gate_f}")
     n = z.numel() // 2
-    h = torch.empty(n, dtype=z.dtype, device=z.device)
-    slope = None if u is None else torch.empty_like(h)
-    m = torch.empty_like(h) if momentum else None
+    h, new = ([torch.empty(n, dtype=z.dtype, device=z.device) for _ in range(k)] for k in (ahead, len(outputs)))
+    m = torch.empty(n, dtype=z.dtype, device=z.device) if momentum else None
     if n:
         programs, block, options = launch_shape(n, z.dtype)
         kernel: Any = stage_kernel
         kernel[(programs,)](
-            u, z, tuple(slopes), coefficients, dt, slope, h, m, n,
-            weights(tableau), stage, (True,) * len(slopes), FORMS[form_x[0]], form_x[1], FORMS[form_f[0]], form_f[1],
+            tuple(outputs), z, tuple(slopes), coefficients, dt, tuple(new), tuple(h), m, n,
+            weights(tableau), (True,) * len(slopes), len(outputs), ahead,
+            FORMS[form_x[0]], form_x[1], FORMS[form_f[0]], form_f[1],
             tl.float64 if z.dtype == torch.float64 else tl.float32, block, **options,
         )  # fmt: skip
-    return Stage(h, slope, m)
+    return Stage(h, new, m)

@@ -14,56 +14,61 @@ from nesterov_triton.tableaus import Tableau
 
 
 class Stage(NamedTuple):
-    """What a stage leaves behind, [N] each."""
+    """What a launch leaves behind, [N] each."""
 
-    h: Tensor  # κ x of the next stage: the field's next argument
-    slope: Tensor | None  # dm of this stage; None where it was given
+    h: Sequence[Tensor]  # κ x of the next stages: the field's next arguments
+    slopes: Sequence[Tensor]  # dm of the stages whose outputs were given
     m: Tensor | None  # m of the next stage, if asked for
 
 
-def stage_slopes(
-    u: Tensor | None,
+def all_slopes(
+    outputs: Sequence[Tensor],
     z: Tensor,
     slopes: Sequence[Tensor],
     coefficients: Tensor,
     dt: Tensor,
     tableau: Tableau,
-    stage: int,
     gate_x: Gate,
     gate_f: Gate,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(dx_j, dm_j) for j ≤ stage, [N] each, in the dtype that is computed in. Arguments as `momentum_stage`."""
+    """(dx_j, dm_j) of all stages up to the last output, [N] each, in the dtype that is computed in; dx has one more.
+    Arguments as `momentum_stage`."""
     dtype = wide(z.dtype)
     x, m = z.view(2, -1).to(dtype)
-    dt, row = dt.to(dtype), coefficients[stage].to(dtype)
+    dt, coefficients = dt.to(dtype), coefficients.to(dtype)
     dm = [k.to(dtype) for k in slopes]
-    momenta = [m + dt * weighted(dm, tableau.a[j], m) for j in range(stage + 1)]
+    rows = (*tableau.a, tableau.b)
+    momenta = [m + dt * weighted(dm, rows[j], m) for j in range(len(dm) + 1)]
     dx = [gate_x(m_j) for m_j in momenta]
-    if u is not None:
-        x_i = x + dt * weighted(dx, tableau.a[stage], x)
-        slope = row[1] * gate_f(u.reshape(-1).to(dtype)) + row[2] * x_i + row[3] * momenta[-1]
+    for u in outputs:
+        i = len(dm)
+        _, drive, q, minus_gamma = coefficients[i]
+        x_i = x + dt * weighted(dx, rows[i], x)
+        slope = drive * gate_f(u.reshape(-1).to(dtype)) + q * x_i + minus_gamma * momenta[-1]
         dm.append(slope.to(z.dtype).to(dtype))  # as later stages will read it
+        momenta.append(m + dt * weighted(dm, rows[i + 1], m))
+        dx.append(gate_x(momenta[-1]))
     return dx, dm
 
 
 def momentum_stage(
-    u: Tensor | None,
+    outputs: Sequence[Tensor],
     z: Tensor,
     slopes: Sequence[Tensor],
     coefficients: Tensor,
     dt: Tensor,
     tableau: Tableau,
-    stage: int,
     gate_x: Gate,
     gate_f: Gate,
+    ahead: int,
     momentum: bool,
 ) -> Stage:
     """See `ops.momentum_stage.momentum_stage`."""
-    dx, dm = stage_slopes(u, z, slopes, coefficients, dt, tableau, stage, gate_x, gate_f)
+    dx, dm = all_slopes(outputs, z, slopes, coefficients, dt, tableau, gate_x, gate_f)
     dtype = wide(z.dtype)
     x, m = z.view(2, -1).to(dtype)
-    dt, scale = dt.to(dtype), coefficients[stage + 1, 0].to(dtype)
-    row = (*tableau.a, tableau.b)[stage + 1]
-    h = scale * (x + dt * weighted(dx, row, x))
-    m_next = (m + dt * weighted(dm, row, m)).to(z.dtype) if momentum else None
-    return Stage(h.to(z.dtype), None if u is None else dm[-1].to(z.dtype), m_next)
+    dt, scale = dt.to(dtype), coefficients[:, 0].to(dtype)
+    following = range(len(dm), len(dm) + ahead)
+    h = [(scale[i] * (x + dt * weighted(dx, tableau.a[i], x))).to(z.dtype) for i in following]
+    m_next = (m + dt * weighted(dm, tableau.a[len(dm)], m)).to(z.dtype) if momentum else None
+    return Stage(h, [k.to(z.dtype) for k in dm[len(slopes) :]], m_next)
