@@ -8,7 +8,6 @@ so is the last one, which must be finite.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -22,6 +21,7 @@ from nesterov_triton.ops.runge_kutta.kernel import (
     launch_shape,
     load_rows,
     scaled,
+    start,
     store_squares,
     stored,
     unless_finite,
@@ -80,10 +80,9 @@ def launch(y: Tensor, slopes: Sequence[Tensor], dt: Tensor, rtol: Tensor, atol: 
     programs, block, options = launch_shape(n, y.dtype)
     errors = len(tableau.error)
     partials = torch.empty((max(errors, 1), programs), dtype=torch.float64, device=y.device)
-    kernel: Any = finish_kernel
-    kernel[(programs,)](
-        y, tuple(slopes), dt, rtol, atol, new, partials, n, weights(tableau), tableau.error, tableau.stages,
-        (*used(tableau.b, *tableau.error)[:-1], True),
+    start(
+        finish_kernel, programs, y, tuple(slopes), dt, rtol, atol, new, partials, n,
+        weights(tableau), tableau.error, tableau.stages, (*used(tableau.b, *tableau.error)[:-1], True),
         tl.float64 if y.dtype == torch.float64 else tl.float32, block, **options,
     )  # fmt: skip
     return Finish(new, launch_norm(partials, n, errors))

@@ -4,14 +4,13 @@ stage's y is written; rows whose coefficient is 0 are not read."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, used, weights
+from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, start, used, weights
 from nesterov_triton.tableaus import Tableau
 
 
@@ -41,9 +40,9 @@ def launch(y: Tensor, slopes: Sequence[Tensor], dt: Tensor, tableau: Tableau, st
     out = torch.empty(n, dtype=y.dtype, device=y.device)
     if n:
         programs, block, options = launch_shape(n, y.dtype)
-        kernel: Any = stage_kernel
-        kernel[(programs,)](
-            y, tuple(slopes), dt, out, n, weights(tableau), stage, used(weights(tableau)[stage + 1]),
+        start(
+            stage_kernel, programs, y, tuple(slopes), dt, out, n,
+            weights(tableau), stage, used(weights(tableau)[stage + 1]),
             tl.float64 if y.dtype == torch.float64 else tl.float32, block, **options,
         )  # fmt: skip
     return out

@@ -7,7 +7,6 @@ dopri5 9 rows and 3. The m_j and σ_x(m_j) are computed again in registers (`mom
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -24,6 +23,7 @@ from nesterov_triton.ops.runge_kutta.kernel import (
     launch_shape,
     load_rows,
     scaled,
+    start,
     store_squares,
     stored,
     unless_finite,
@@ -35,7 +35,7 @@ from nesterov_triton.tableaus import Tableau
 
 @triton.jit
 def finish_kernel(
-    outputs, z_ptr, slopes, coefficients_ptr, dt_ptr, rtol_ptr, atol_ptr, new_ptr, slope_ptrs, partials_ptr, n,
+    z_ptr, outputs, slopes, coefficients_ptr, dt_ptr, rtol_ptr, atol_ptr, new_ptr, slope_ptrs, partials_ptr, n,
     A: tl.constexpr, E: tl.constexpr, KNOWN: tl.constexpr, NEW: tl.constexpr, KEPT: tl.constexpr,
     gate_x: tl.constexpr, BOUND_X: tl.constexpr, gate_f: tl.constexpr, BOUND_F: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -43,8 +43,8 @@ def finish_kernel(
     """One block of the last NEW stages and of the step's end.
 
     Args:
-        outputs: the field's outputs at the last NEW stages, [N] each.
         z_ptr: (x_n, m_n), [2 N].
+        outputs: the field's outputs at the last NEW stages, [N] each.
         slopes: dm of the stages before, [N] each.
         coefficients_ptr: rows (κ, s, q, -γ), [stages, 4].
         new_ptr: where (x, m) at the end goes, [2 N].
@@ -109,9 +109,9 @@ def launch(
     programs, block, options = launch_shape(n, z.dtype)
     errors = len(tableau.error)
     partials = torch.empty((max(errors, 1), programs), dtype=torch.float64, device=z.device)
-    kernel: Any = finish_kernel
-    kernel[(programs,)](
-        tuple(outputs), z, tuple(slopes), coefficients, dt, rtol, atol, new, tuple(kept), partials, n,
+    start(
+        finish_kernel, programs, z, tuple(outputs), tuple(slopes), coefficients, dt, rtol, atol, new, tuple(kept),
+        partials, n,
         weights(tableau), tableau.error, (True,) * len(slopes), len(outputs), keep,
         FORMS[form_x[0]], form_x[1], FORMS[form_f[0]], form_f[1],
         tl.float64 if z.dtype == torch.float64 else tl.float32, block, **options,

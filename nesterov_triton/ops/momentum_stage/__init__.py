@@ -40,7 +40,8 @@ def momentum_stage(
         (h5, h6), (dm3, dm4), _ = momentum_stage([u3, u4], z, [dm0, dm1, dm2], ..., ahead=2)
         z_new, (dm6,), error = momentum_finish([u5, u6], z, [dm0, dm1, dm2, dm3, dm4], ...)
 
-    A field that sees m takes one stage after the other: `ahead` = 1 and `momentum`.
+    A field that sees m takes one stage after the other: `ahead` = 1 and `momentum`. So does a field that overwrites its
+    last output in the next evaluation.
 
     Not differentiable: under autograd it raises in the backward pass. On a CUDA device a Triton kernel, one launch;
     elsewhere, and for gates that have no Triton form, the torch reference.

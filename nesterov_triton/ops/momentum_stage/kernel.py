@@ -19,14 +19,13 @@ the new dm_j and h.
 
 The last line is the floor: nothing of it can be left out. It is not what is done, for 11 % fewer bytes: every σ_f
 would be computed again in each later kernel, 14 gates an element instead of 9 in the finish, which by instruction
-counts makes arithmetic the bound of an H200 in half precision and float64; and the field's outputs would have to stay
-as they are, which a field that reuses its output's memory does not grant.
+counts makes arithmetic the bound of an H200 in half precision and float64; and all of the field's outputs would have
+to stay as they are until the step's end, which a field that reuses its output's memory does not grant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -37,13 +36,13 @@ from nesterov_triton.gates import Gate, kernel_form
 from nesterov_triton.gates_triton import FORMS
 from nesterov_triton.ops.momentum.kernel import all_slopes
 from nesterov_triton.ops.momentum_stage.reference import Stage
-from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, weights
+from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, start, weights
 from nesterov_triton.tableaus import Tableau
 
 
 @triton.jit
 def stage_kernel(
-    outputs, z_ptr, slopes, coefficients_ptr, dt_ptr, slope_ptrs, h_ptrs, m_ptr, n,
+    z_ptr, outputs, slopes, coefficients_ptr, dt_ptr, slope_ptrs, h_ptrs, m_ptr, n,
     A: tl.constexpr, KNOWN: tl.constexpr, NEW: tl.constexpr, AHEAD: tl.constexpr,
     gate_x: tl.constexpr, BOUND_X: tl.constexpr, gate_f: tl.constexpr, BOUND_F: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -51,8 +50,8 @@ def stage_kernel(
     """One block of the stages after the first `len(KNOWN)`; the next stage is `len(KNOWN) + NEW`.
 
     Args:
-        outputs: the field's outputs at NEW stages, [N] each.
         z_ptr: (x_n, m_n), [2 N].
+        outputs: the field's outputs at NEW stages, [N] each.
         slopes: dm_0, dm_1, …, [N] each.
         coefficients_ptr: rows (κ, s, q, -γ), [stages, 4].
         slope_ptrs: where the NEW further dm go, [N] each.
@@ -98,9 +97,8 @@ def launch(
     m = torch.empty(n, dtype=z.dtype, device=z.device) if momentum else None
     if n:
         programs, block, options = launch_shape(n, z.dtype)
-        kernel: Any = stage_kernel
-        kernel[(programs,)](
-            tuple(outputs), z, tuple(slopes), coefficients, dt, tuple(new), tuple(h), m, n,
+        start(
+            stage_kernel, programs, z, tuple(outputs), tuple(slopes), coefficients, dt, tuple(new), tuple(h), m, n,
             weights(tableau), (True,) * len(slopes), len(outputs), ahead,
             FORMS[form_x[0]], form_x[1], FORMS[form_f[0]], form_f[1],
             tl.float64 if z.dtype == torch.float64 else tl.float32, block, **options,

@@ -35,6 +35,13 @@ def launch_shape(n: int, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
     return triton.cdiv(n, block), block, {"num_warps": _WARPS}
 
 
+def start(kernel: Any, programs: int, rows: Tensor, *arguments: Any, **options: int) -> None:
+    """Launch `programs` programs of a kernel, whose first argument is `rows`, on the device of `rows`: triton itself
+    launches on the current one."""
+    with torch.cuda.device_of(rows):
+        kernel[(programs,)](rows, *arguments, **options)
+
+
 @functools.lru_cache(maxsize=64)
 def weights(tableau: Tableau) -> tuple[tuple[float, ...], ...]:
     """What leads to each stage and, last, to the step's end: the rows of a, then b."""
@@ -141,6 +148,5 @@ def norm_kernel(partials_ptr, error_ptr, blocks, count, ERRORS: tl.constexpr, CH
 def launch_norm(partials: Tensor, count: int, errors: int) -> Tensor:
     """The error norm, 0-d float64, from partial sums [max(errors, 1), blocks] float64 over `count` elements."""
     error = torch.empty((), dtype=torch.float64, device=partials.device)
-    kernel: Any = norm_kernel
-    kernel[(1,)](partials, error, partials.shape[1], count, errors, _CHUNK, num_warps=8)
+    start(norm_kernel, 1, partials, error, partials.shape[1], count, errors, _CHUNK, num_warps=_WARPS)
     return error
