@@ -16,15 +16,18 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from nesterov_triton import gates, tableaus
+from nesterov_triton.gates_triton import FORMS
 from nesterov_triton.ops.first_order_finish import kernel as first_order_finish
 from nesterov_triton.ops.first_order_stage import kernel as first_order_stage
 from nesterov_triton.ops.momentum_finish import kernel as momentum_finish
 from nesterov_triton.ops.momentum_stage import kernel as momentum_stage
+from nesterov_triton.ops.runge_kutta.kernel import weights
 
 N = 1 << 16
 SOFTCLIP, HARDTANH, IDENTITY = gates.Softclip(5.0), gates.Hardtanh(5.0), gates.Identity()
@@ -91,6 +94,8 @@ def main(capabilities: list[int]) -> None:
                     "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
                     "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
                     "narrow": "f32" in ttir,
+                    # Offsets of blocks of 32 bits would show as an addptr that takes them.
+                    "short_offsets": len(re.findall(r"tt\.addptr .*tensor<\d+xi32>", ttir)),
                 }
                 print(json.dumps(line), flush=True)
 
@@ -103,6 +108,7 @@ def cases():  # type: ignore[no-untyped-def]
     yield "momentum stage 3+1+1 dopri5 float32 m", stage_call(dopri5, 3, 1, 1, float32, IDENTITY, momentum=True)
     yield "momentum stage 3+2+2 dopri5 float32 hardtanh", stage_call(dopri5, 3, 2, 2, float32, HARDTANH)
     yield "momentum stage 9+2+2 dopri8 float32", stage_call(dopri8, 9, 2, 2, float32)
+    yield "momentum stage 3+2+2 dopri5 float32 long", long_stage_call(dopri5)
     yield "momentum finish dopri5 float32", finish_call(dopri5, float32)
     yield "momentum finish dopri5 float32 hardtanh", finish_call(dopri5, float32, HARDTANH)
     yield "momentum finish dopri8 float32", finish_call(dopri8, float32)
@@ -136,6 +142,20 @@ def stage_call(tableau, known, new, ahead, dtype, gate=SOFTCLIP, momentum=False)
     return lambda: momentum_stage.launch(
         outputs, z, slopes, coefficients(tableau), *scalars(1), tableau, gate, gate, ahead, momentum
     )
+
+
+def long_stage_call(tableau):  # type: ignore[no-untyped-def]
+    """More elements than 32 bits count; the memory need not be there in order to compile."""
+    u, z, c, (dt,) = rows(3, torch.float32), torch.empty(N), coefficients(tableau), scalars(1)
+    shape = weights(tableau), (True,) * 3, 2, 2
+    return lambda: momentum_stage.stage_kernel[(1,)](
+        z, (u[0], u[1]), tuple(u), c, dt, (u[0], u[1]), (u[0], u[1]), None, 2**31 + 16,
+        *shape, *softclip_form(), *softclip_form(), tl.float32, 1024, num_warps=8,
+    )  # fmt: skip
+
+
+def softclip_form():  # type: ignore[no-untyped-def]
+    return FORMS["softclip"], SOFTCLIP.bound
 
 
 def finish_call(tableau, dtype, gate=SOFTCLIP, new=2):  # type: ignore[no-untyped-def]

@@ -51,6 +51,12 @@ def test_nothing_of_a_float64_kernel_is_float32(compiled):
     assert not [one for one in chosen if one["narrow"]]
 
 
+def test_rows_are_addressed_with_64_bits(compiled):
+    """The norm's own are few, and its pointer moves."""
+    assert not [one for one in compiled if one["short_offsets"] and one["kernel"] != "norm_kernel"]
+    assert [one for one in compiled if one["case"].endswith("long")]
+
+
 EXPECTED = {
     **{
         f"momentum stage {known}+{new}+{ahead} dopri5 float32": traffic.momentum_stage(DOPRI5, known, new, ahead)

@@ -18,9 +18,9 @@ behind the memory. Nor does x_j, hence q x_j. A launch reads x and m, the output
 the new dm_j and h.
 
 The last line is the floor: nothing of it can be left out. It is not what is done, for 11 % fewer bytes: every σ_f
-would be computed again in each later kernel, 14 gates an element instead of 9 in the finish, which by instruction
-counts makes arithmetic the bound of an H200 in half precision and float64; and all of the field's outputs would have
-to stay as they are until the step's end, which a field that reuses its output's memory does not grant.
+would be computed again in each later kernel, 14 gates an element instead of 9 in the finish, which makes arithmetic
+the bound of an H200 in half precision and float64 (estimated from instruction counts, not measured); and all of the
+field's outputs would have to stay as they are until the step's end.
 """
 
 from __future__ import annotations
