@@ -208,3 +208,27 @@ def get(gate: GateLike) -> Gate:
     if callable(gate):
         return Elementwise(gate)
     raise TypeError(f"gate must be a name, a gate object or an elementwise callable, got {type(gate).__name__}")
+
+
+# By exact type: a subclass may compute something else.
+_FORMS: dict[type[Gate], str] = {
+    Identity: "identity",
+    Softclip: "softclip",
+    Tanh: "softclip",
+    Hardtanh: "hardtanh",
+}
+
+
+def kernel_form(gate: Gate) -> tuple[str, float] | None:
+    """The name in `gates_triton.FORMS` and the bound of a gate that has a Triton form; None for all others, which
+    then take the torch path."""
+    name = _FORMS.get(type(gate))
+    return None if name is None else (name, gate.bound)
+
+
+@functools.lru_cache(maxsize=256)
+def of_form(name: str, bound: float) -> Gate:
+    """The gate whose `kernel_form` this is (softclip with bound 1 for tanh, which is the same function)."""
+    if name == "identity":
+        return Identity()
+    return lookup("gate form", name, {"softclip": Softclip, "hardtanh": Hardtanh})(bound)

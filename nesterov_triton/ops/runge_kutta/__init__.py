@@ -1,5 +1,5 @@
 """Linear combinations of stages, and the norm of the embedded error."""
 
-from nesterov_triton.ops.runge_kutta.reference import combine, scaled_squares
+from nesterov_triton.ops.runge_kutta.reference import combine, finished_norm, scaled_squares, weighted
 
-__all__ = ["combine", "scaled_squares"]
+__all__ = ["combine", "finished_norm", "scaled_squares", "weighted"]

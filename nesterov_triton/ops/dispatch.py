@@ -1,0 +1,63 @@
+"""Which of an operator's implementations runs: by the tensor's device, nothing to configure."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nesterov_triton.tableaus import TABLEAUS, Tableau
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton can be imported (it is not imported here)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel computes in: float32 for half precision, the type itself for float32 and float64."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def as_operator() -> bool:
+    """Whether a call must go through the registered operator: a tracer is to see one node, or autograd is to say that
+    there is no derivative. Otherwise the implementation is called directly, 10 to 20 µs sooner."""
+    return torch.compiler.is_compiling() or torch.is_grad_enabled()
+
+
+def method_name(tableau: Tableau) -> str:
+    """What an operator's schema calls a method.
+
+    Raises:
+        ValueError: the tableau is not in `tableaus.TABLEAUS`; a schema has no place for one.
+    """
+    if TABLEAUS.get(tableau.name) is not tableau:
+        raise ValueError(f"tableau {tableau.name!r} is not registered in tableaus.TABLEAUS, so no operator can name it")
+    return tableau.name
+
+
+def check_rows(like: Tensor, size: int, **rows: Tensor | Sequence[Tensor] | None) -> None:
+    """Raise ValueError for a row that a kernel would misread: of another size, dtype or device than `like`, or not
+    contiguous. A kernel sees bare pointers and would return garbage."""
+    for name, given in rows.items():
+        for row in () if given is None else (given,) if isinstance(given, Tensor) else given:
+            if row.numel() != size or row.dtype != like.dtype or row.device != like.device or not row.is_contiguous():
+                raise ValueError(
+                    f"{name} must be contiguous, of {size} elements, {like.dtype} on {like.device}; got "
+                    f"{tuple(row.shape)} with strides {row.stride()}, {row.dtype} on {row.device}"
+                )
+
+
+def check_scalars(like: Tensor, **scalars: Tensor) -> None:
+    """Raise ValueError for scalars that are not contiguous, float32 or float64, on the device of `like`."""
+    for name, given in scalars.items():
+        known = given.dtype in (torch.float32, torch.float64)
+        if not known or given.device != like.device or not given.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous float32 or float64 on {like.device}; got {given.dtype} on {given.device} "
+                f"with strides {given.stride()}"
+            )

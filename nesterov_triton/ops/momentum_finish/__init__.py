@@ -1,0 +1,112 @@
+"""The end of a momentum step: new state, embedded error and its norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nesterov_triton import tableaus
+from nesterov_triton.gates import Gate, kernel_form, of_form
+from nesterov_triton.ops import dispatch
+from nesterov_triton.ops.momentum_finish import reference
+from nesterov_triton.ops.momentum_finish.reference import Finish
+from nesterov_triton.tableaus import Tableau
+
+__all__ = ["Finish", "momentum_finish"]
+
+
+def momentum_finish(
+    outputs: Sequence[Tensor],
+    z: Tensor,
+    slopes: Sequence[Tensor],
+    coefficients: Tensor,
+    dt: Tensor,
+    rtol: Tensor,
+    atol: Tensor,
+    tableau: Tableau,
+    gate_x: Gate,
+    gate_f: Gate,
+    keep: int = 1,
+) -> Finish:
+    """The step's last slopes, its end (x, m), and the norm of its embedded error over all of (x, m).
+
+    The norm is that of `stepping.explicit_rk.error_norm`, in a fixed order of summation; it is NaN where the new state
+    or the last slope is not finite (a finite error over an infinite size would count as 0). For a fixed-step method it
+    is 0 or NaN.
+
+    Not differentiable: under autograd it raises in the backward pass. On a CUDA device Triton kernels, two launches;
+    elsewhere, and for gates that have no Triton form, the torch reference.
+
+    Args:
+        outputs: the field's outputs at the last one or two stages, N elements each.
+        z: (x_n, m_n), [2 N], float16, bfloat16, float32 or float64; other rows have its dtype. Contiguous, like all
+            rows.
+        slopes: dm of all stages before, N elements each.
+        coefficients: rows (κ, s, q, -γ), one for each stage of the method, [stages, 4] float32 or float64.
+        dt, rtol, atol: one element each, float32 or float64; the tolerances are not looked at in fixed-step methods.
+        tableau: the method.
+        gate_x, gate_f: σ_x and σ_f.
+        keep: how many of the outputs' slopes are wanted, counted from the last: with FSAL that is the next step's
+            first, and dense output needs all.
+
+    Raises:
+        ValueError: sizes, dtypes or devices don't fit, or a row is not contiguous.
+    """
+    n = z.numel() // 2
+    count = len(slopes) + len(outputs)
+    if count != tableau.stages or not outputs:
+        raise ValueError(f"{len(slopes)} slopes and {len(outputs)} outputs for {tableau.name}: {tableau.stages} stages")
+    if not 0 <= keep <= len(outputs):
+        raise ValueError(f"keep must lie in 0..{len(outputs)}, the number of outputs, got {keep}")
+    dispatch.check_rows(z, 2 * n, z=z)
+    dispatch.check_rows(z, n, outputs=outputs, slopes=slopes)
+    dispatch.check_scalars(z, coefficients=coefficients, dt=dt, rtol=rtol, atol=atol)
+    if coefficients.shape != (tableau.stages, 4):
+        raise ValueError(f"coefficients must have shape {(tableau.stages, 4)}, got {tuple(coefficients.shape)}")
+    tensors = outputs, z, slopes, coefficients, dt, rtol, atol
+    form_x, form_f = kernel_form(gate_x), kernel_form(gate_f)
+    if form_x is None or form_f is None:
+        return reference.momentum_finish(*tensors, tableau, gate_x, gate_f, keep)
+    if dispatch.as_operator():
+        new, kept, error = _operator(*tensors, dispatch.method_name(tableau), *form_x, *form_f, keep)
+        return Finish(new, kept, error)
+    run: Callable[..., Finish] = _kernel() if z.is_cuda else reference.momentum_finish
+    return run(*tensors, tableau, gate_x, gate_f, keep)
+
+
+def _kernel() -> Callable[..., Finish]:
+    if not dispatch.has_triton():
+        return reference.momentum_finish
+    from nesterov_triton.ops.momentum_finish import kernel
+
+    return kernel.launch
+
+
+def _run(implementation: Callable[..., Finish], *args: Any) -> Finish:
+    *tensors, method, gate_x, bound_x, gate_f, bound_f, keep = args
+    return implementation(*tensors, tableaus.get(method), of_form(gate_x, bound_x), of_form(gate_f, bound_f), keep)
+
+
+@torch.library.custom_op(
+    "nesterov_triton::momentum_finish",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor[] outputs, Tensor z, Tensor[] slopes, Tensor coefficients, Tensor dt, Tensor rtol, Tensor atol, "
+    "str method, str gate_x, float bound_x, str gate_f, float bound_f, int keep) -> (Tensor, Tensor[], Tensor)",
+)
+def _operator(*args: Any) -> Finish:
+    return _run(reference.momentum_finish, *args)
+
+
+@_operator.register_kernel("cuda")
+def _(*args: Any) -> Finish:
+    return _run(_kernel(), *args)
+
+
+@_operator.register_fake
+def _(outputs: Sequence[Tensor], z: Tensor, *args: Any) -> Finish:
+    kept = [z.new_empty(z.numel() // 2) for _ in range(args[-1])]
+    return Finish(torch.empty_like(z), kept, z.new_empty((), dtype=torch.float64))

@@ -1,0 +1,152 @@
+"""The Runge-Kutta arithmetic on blocks, shared by the stage and finish kernels, and the second half of their reduction.
+
+Blocks are float32 or float64. Sums over stages are unrolled over tuples of blocks, so that every block stays in
+registers; coefficients that are 0 cost nothing. Coefficients stand where they are used: assigned to a variable, a
+compile-time number would become a float32. Tuples grow by `+`, the one way that the compiler knows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nesterov_triton.tableaus import Tableau
+
+# 16 bytes a thread and row, the widest load there is. Half precision gets 8: all arithmetic is on float32, and with 16
+# the up to thirty rows of a dopri8 finish would take 8 registers each, and 240 leave no room for a second program.
+_ELEMENTS = {torch.float64: 2, torch.float32: 4, torch.float16: 4, torch.bfloat16: 4}
+_WARPS = 8
+# One program adds the partial sums of all blocks, so many at a time.
+_CHUNK = 2048
+
+
+def launch_shape(n: int, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
+    """How a kernel over rows of `n` elements is launched: programs, elements a program, options.
+
+    One choice by size and type, nothing tuned: these kernels do nothing but stream rows, and what such a kernel needs
+    is wide loads, several of them in flight (one for each row it reads) and registers to spare for occupancy.
+    """
+    block = _ELEMENTS[dtype] * 32 * _WARPS
+    return triton.cdiv(n, block), block, {"num_warps": _WARPS}
+
+
+def start(kernel: Any, programs: int, rows: Tensor, *arguments: Any, **options: int) -> None:
+    """Launch `programs` programs of a kernel, whose first argument is `rows`, on the device of `rows`: triton itself
+    launches on the current one."""
+    with torch.cuda.device_of(rows):
+        kernel[(programs,)](rows, *arguments, **options)
+
+
+@functools.lru_cache(maxsize=64)
+def weights(tableau: Tableau) -> tuple[tuple[float, ...], ...]:
+    """What leads to each stage and, last, to the step's end: the rows of a, then b."""
+    return (*tableau.a, tableau.b)
+
+
+def used(*rows: tuple[float, ...]) -> tuple[bool, ...]:
+    """Which columns of a tableau's rows hold anything but zeros."""
+    return tuple(map(any, zip(*rows, strict=True)))
+
+
+@triton.jit
+def load_rows(rows, offsets, mask, WIDE: tl.constexpr, USED: tl.constexpr):
+    """A tuple of pointers as a tuple of blocks of the type WIDE; zeros for those that are not USED."""
+    blocks = ()
+    for j in tl.static_range(len(USED)):
+        if USED[j]:
+            # Widened at once: the interpreter's arithmetic on bfloat16 is garbage.
+            blocks = blocks + (tl.load(rows[j] + offsets, mask=mask).to(WIDE),)
+        else:
+            blocks = blocks + (tl.zeros([offsets.shape[0]], WIDE),)
+    return blocks
+
+
+@triton.jit
+def weighted(like, rows, W: tl.constexpr, ROW: tl.constexpr):
+    """Σ_j W[ROW][j] rows[j], of the shape and type of `like`."""
+    total = tl.zeros_like(like)
+    for j in tl.static_range(len(W[ROW])):
+        if W[ROW][j] != 0:
+            total += rows[j] * W[ROW][j]
+    return total
+
+
+@triton.jit
+def combine(base, dt, rows, W: tl.constexpr, ROW: tl.constexpr):
+    """base + dt Σ_j W[ROW][j] rows[j]."""
+    return base + dt * weighted(base, rows, W, ROW)
+
+
+@triton.jit
+def stored(value, DTYPE: tl.constexpr):
+    """The value as it will be read back after being stored."""
+    return value.to(DTYPE).to(value.dtype)
+
+
+@triton.jit
+def scaled(error, old, new, rtol, atol):
+    """error / (atol + rtol max(|old|, |new|)); NaN where the new state is not finite, which would otherwise divide its
+    error to 0."""
+    scale = atol + rtol * tl.maximum(tl.abs(old), tl.abs(new))
+    # Only an atol of 0 lets the scale vanish: 0 / 0 is no error.
+    if scale.dtype == tl.float64:
+        scale = tl.maximum(scale, 2.2250738585072014e-308)
+    else:
+        scale = tl.maximum(scale, 1.1754943508222875e-38)
+    return tl.where(tl.abs(new) < float("inf"), error / scale, float("nan"))
+
+
+@triton.jit
+def unless_finite(value):
+    """0, and NaN where the value is not finite."""
+    return tl.where(tl.abs(value) < float("inf"), value - value, float("nan"))
+
+
+@triton.jit
+def store_squares(partials_ptr, first, second, mask):
+    """Leave this program's sum of first² + second² over the mask for `norm_kernel`."""
+    squares = tl.where(mask, first * first + second * second, 0.0)
+    tl.store(partials_ptr, tl.sum(squares, axis=0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["blocks", "count"])
+def norm_kernel(partials_ptr, error_ptr, blocks, count, ERRORS: tl.constexpr, CHUNK: tl.constexpr):
+    """The error norm from the blocks' sums of squares, in a fixed order, so that it is the same in every run.
+
+    A second launch rather than a "last block done" in the first: no counter that must be 0 at the start (a launch of
+    its own, or state that outlives a failed call), no memory fence to rely on; a dopri5 step still takes 8 launches.
+
+    Args:
+        partials_ptr: [max(ERRORS, 1), blocks] float64.
+        error_ptr: 0-d float64.
+        count: elements of the whole state.
+    """
+    lanes = tl.arange(0, CHUNK)
+    main = tl.zeros([CHUNK], tl.float64)
+    damping = tl.zeros([CHUNK], tl.float64)
+    for start in range(0, blocks, CHUNK):
+        mask = start + lanes < blocks
+        main += tl.load(partials_ptr + start + lanes, mask=mask, other=0.0)
+        if ERRORS == 2:
+            damping += tl.load(partials_ptr + blocks + start + lanes, mask=mask, other=0.0)
+    total = tl.sum(main, axis=0)
+    elements = count.to(tl.float64)
+    if ERRORS == 2:
+        # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one.
+        denominator = total + 0.01 * tl.sum(damping, axis=0)
+        error = total * tl.sqrt(1.0 / (elements * tl.where(total == 0, 1.0, denominator)))
+    else:
+        error = tl.sqrt(total / elements)
+    tl.store(error_ptr, error)
+
+
+def launch_norm(partials: Tensor, count: int, errors: int) -> Tensor:
+    """The error norm, 0-d float64, from partial sums [max(errors, 1), blocks] float64 over `count` elements."""
+    error = torch.empty((), dtype=torch.float64, device=partials.device)
+    start(norm_kernel, 1, partials, error, partials.shape[1], count, errors, _CHUNK, num_warps=_WARPS)
+    return error

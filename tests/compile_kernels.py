@@ -1,0 +1,179 @@
+"""Compiles the kernels ahead of time, with no GPU and no driver, and prints one JSON line for each.
+
+Run as a script, in a process of its own and without TRITON_INTERPRET: `python tests/compile_kernels.py 80 90`. The
+launchers themselves are called, so that argument types, alignment and launch options are those of a launch; only the
+launch is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.jit import JITFunction
+
+from nesterov_triton import gates, tableaus
+from nesterov_triton.gates_triton import FORMS
+from nesterov_triton.ops.first_order_finish import kernel as first_order_finish
+from nesterov_triton.ops.first_order_stage import kernel as first_order_stage
+from nesterov_triton.ops.momentum_finish import kernel as momentum_finish
+from nesterov_triton.ops.momentum_stage import kernel as momentum_stage
+from nesterov_triton.ops.runge_kutta.kernel import weights
+
+N = 1 << 16
+SOFTCLIP, HARDTANH, IDENTITY = gates.Softclip(5.0), gates.Hardtanh(5.0), gates.Identity()
+
+
+class Driver:
+    """What triton asks of a driver in order to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # keeps the caches of the two targets apart
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def resources(ptx: str, capability: int) -> dict[str, int]:
+    """Registers and spilled bytes, by the assembler that triton uses."""
+    arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    found = get_ptxas(capability) if get_ptxas.__code__.co_argcount else get_ptxas()
+    ptxas = getattr(found, "path", found)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = [int(x) for x in re.findall(r"(\d+) bytes spill", said)]
+    return {"registers": int(re.search(r"Used (\d+) registers", said)[1]), "spilled": sum(spilled)}
+
+
+def main(capabilities: list[int]) -> None:
+    compiled: list[tuple[str, object]] = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):  # type: ignore[no-untyped-def]
+        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    JITFunction.run = compile_only
+    for capability in capabilities:
+        triton.runtime.driver.set_active(Driver(capability))
+        for label, call in cases():
+            compiled.clear()
+            call()
+            for name, kernel in compiled:
+                ptx, ttir = kernel.asm["ptx"], kernel.asm["ttir"]
+                line = {
+                    "triton": triton.__version__,
+                    "target": capability,
+                    "case": label,
+                    "kernel": name,
+                    **resources(ptx, capability),
+                    # Rows read and written: block loads and stores that are left after the compiler's clean-up.
+                    "loads": len(re.findall(r"tt\.load .*: tensor<", ttir)),
+                    "stores": len(re.findall(r"tt\.store .*: tensor<", ttir)),
+                    # Those of a whole 16 bytes, in the assembly.
+                    "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
+                    "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
+                    "narrow": "f32" in ttir,
+                    # Offsets of blocks of 32 bits would show as an addptr that takes them.
+                    "short_offsets": len(re.findall(r"tt\.addptr .*tensor<\d+xi32>", ttir)),
+                }
+                print(json.dumps(line), flush=True)
+
+
+def cases():  # type: ignore[no-untyped-def]
+    """(label, a call of a launcher)."""
+    float32, dopri5, dopri8 = torch.float32, tableaus.get("dopri5"), tableaus.get("dopri8")
+    for known, new, ahead in ((1, 0, 2), (0, 1, 2), (1, 2, 2), (3, 2, 2), (1, 0, 1), (5, 1, 1)):
+        yield f"momentum stage {known}+{new}+{ahead} dopri5 float32", stage_call(dopri5, known, new, ahead, float32)
+    yield "momentum stage 3+1+1 dopri5 float32 m", stage_call(dopri5, 3, 1, 1, float32, IDENTITY, momentum=True)
+    yield "momentum stage 3+2+2 dopri5 float32 hardtanh", stage_call(dopri5, 3, 2, 2, float32, HARDTANH)
+    yield "momentum stage 9+2+2 dopri8 float32", stage_call(dopri8, 9, 2, 2, float32)
+    yield "momentum stage 3+2+2 dopri5 float32 long", long_stage_call(dopri5)
+    yield "momentum finish dopri5 float32", finish_call(dopri5, float32)
+    yield "momentum finish dopri5 float32 hardtanh", finish_call(dopri5, float32, HARDTANH)
+    yield "momentum finish dopri8 float32", finish_call(dopri8, float32)
+    yield "momentum finish rk4 float32", finish_call(tableaus.get("rk4"), float32, new=1)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield f"momentum stage 3+2+2 dopri5 {name}", stage_call(dopri5, 3, 2, 2, dtype)
+        yield f"momentum finish dopri5 {name}", finish_call(dopri5, dtype)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield f"first order stage 5 dopri5 {name}", first_order_stage_call(dopri5, 5, dtype)
+        yield f"first order finish dopri5 {name}", first_order_finish_call(dopri5, dtype)
+    yield "first order finish dopri8 float32", first_order_finish_call(dopri8, float32)
+    yield "first order finish rk4 float32", first_order_finish_call(tableaus.get("rk4"), float32)
+
+
+def rows(count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty(N, dtype=dtype) for _ in range(count)]
+
+
+def scalars(count: int) -> list[torch.Tensor]:
+    return [torch.empty((), dtype=torch.float64) for _ in range(count)]
+
+
+def coefficients(tableau: tableaus.Tableau) -> torch.Tensor:
+    return torch.empty((tableau.stages, 4), dtype=torch.float64)
+
+
+def stage_call(tableau, known, new, ahead, dtype, gate=SOFTCLIP, momentum=False):  # type: ignore[no-untyped-def]
+    outputs, slopes, z = rows(new, dtype), rows(known, dtype), torch.empty(2 * N, dtype=dtype)
+    return lambda: momentum_stage.launch(
+        outputs, z, slopes, coefficients(tableau), *scalars(1), tableau, gate, gate, ahead, momentum
+    )
+
+
+def long_stage_call(tableau):  # type: ignore[no-untyped-def]
+    """More elements than 32 bits count; the memory need not be there in order to compile."""
+    u, z, c, (dt,) = rows(3, torch.float32), torch.empty(N), coefficients(tableau), scalars(1)
+    shape = weights(tableau), (True,) * 3, 2, 2
+    return lambda: momentum_stage.stage_kernel[(1,)](
+        z, (u[0], u[1]), tuple(u), c, dt, (u[0], u[1]), (u[0], u[1]), None, 2**31 + 16,
+        *shape, *softclip_form(), *softclip_form(), tl.float32, 1024, num_warps=8,
+    )  # fmt: skip
+
+
+def softclip_form():  # type: ignore[no-untyped-def]
+    return FORMS["softclip"], SOFTCLIP.bound
+
+
+def finish_call(tableau, dtype, gate=SOFTCLIP, new=2):  # type: ignore[no-untyped-def]
+    outputs, slopes, z = rows(new, dtype), rows(tableau.stages - new, dtype), torch.empty(2 * N, dtype=dtype)
+    return lambda: momentum_finish.launch(
+        outputs, z, slopes, coefficients(tableau), *scalars(3), tableau, gate, gate, 1
+    )
+
+
+def first_order_stage_call(tableau, stage, dtype):  # type: ignore[no-untyped-def]
+    y, *slopes = rows(stage + 2, dtype)
+    return lambda: first_order_stage.launch(y, slopes, *scalars(1), tableau, stage)
+
+
+def first_order_finish_call(tableau, dtype):  # type: ignore[no-untyped-def]
+    y, *slopes = rows(tableau.stages + 1, dtype)
+    return lambda: first_order_finish.launch(y, slopes, *scalars(3), tableau)
+
+
+if __name__ == "__main__":
+    main([int(x) for x in sys.argv[1:]])
