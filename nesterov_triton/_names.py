@@ -17,6 +17,11 @@ def lookup(kind: str, name: object, choices: Mapping[str, T]) -> T:
     """
     if isinstance(name, str) and name in choices:
         return choices[name]
+    raise ValueError(unknown(kind, name, choices))
+
+
+def unknown(kind: str, name: object, choices: Mapping[str, object]) -> str:
+    """What to say of a name that is not among `choices`: the nearest valid one, and all of them."""
     near = difflib.get_close_matches(str(name).lower(), list(choices), n=1, cutoff=0.0)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown {kind} {name!r}: {hint}valid names are {', '.join(choices)}")
+    return f"unknown {kind} {name!r}: {hint}valid names are {', '.join(choices)}"

@@ -7,20 +7,21 @@ share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from nesterov_triton import gates, gradients, systems
-from nesterov_triton.solve import Settings, Solution, State, Times, check_tensor, check_times, run
+from nesterov_triton import gates, systems
+from nesterov_triton._names import unknown
+from nesterov_triton.solve import Options, Settings, Solution, State, Times, check_tensor, check_times, run
 from nesterov_triton.status import Stats
-from nesterov_triton.stepping import controllers
 from nesterov_triton.systems import Field, Form, Momentum, System, Xi
 
 
 class Layer(nn.Module):
-    """What all layers share.
+    """What all layers share. The options are those of `nesterov_triton.solve`, with its defaults.
 
     Args:
         system: the right-hand side.
@@ -44,32 +45,13 @@ class Layer(nn.Module):
         SolveError: in the call, where the last time is not reached.
     """
 
-    def __init__(
-        self,
-        system: System,
-        *,
-        t: Times = (1.0, 2.0),
-        method: str = "dopri5",
-        rtol: Tensor | float = 1e-5,
-        atol: Tensor | float = 1e-5,
-        gradient: gradients.GradientLike = "discrete",
-        controller: controllers.ControllerLike = "integral",
-        step_size: float | None = None,
-        first_step: float | None = None,
-        max_steps: int = 10_000,
-    ) -> None:
+    def __init__(self, system: System, *, t: Times = (1.0, 2.0), **options: Unpack[Options]) -> None:
         super().__init__()
         self.system = system
-        self.settings = Settings.make(
-            method=method,
-            rtol=rtol,
-            atol=atol,
-            gradient=gradient,
-            controller=controller,
-            step_size=step_size,
-            first_step=first_step,
-            max_steps=max_steps,
-        )
+        for name in options:
+            if name not in Options.__annotations__:
+                raise TypeError(unknown(f"option of {type(self).__name__}", name, _option_names(type(self))))
+        self.settings = Settings.make(**options)
         checked = check_times(system, t)
         if checked.requires_grad and not isinstance(t, Tensor):
             raise ValueError("t must be one tensor where it needs gradients, or no optimizer would see it in the layer")
@@ -95,6 +77,14 @@ class Layer(nn.Module):
         step = "" if s.options.step_size is None else f", step_size={s.options.step_size}"
         tolerance = f", rtol={s.rtol}, atol={s.atol}" if s.tableau.adaptive else ""
         return f"method={s.tableau.name}{step}{tolerance}, gradient={type(s.gradient).__name__.lower()}"
+
+
+def _option_names(layer: type[Layer]) -> dict[str, None]:
+    """The keyword arguments of a layer, its own and those that it passes on."""
+    own = (name for base in layer.__mro__ if issubclass(base, Layer) for name in signature(base.__init__).parameters)
+    return dict.fromkeys(
+        [*(n for n in own if n not in ("self", "field", "system", "options")), *Options.__annotations__]
+    )
 
 
 class NODE(Layer):

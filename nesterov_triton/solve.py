@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,19 @@ class Solution:
         # Indexed, not unbound: autograd lets nobody change one of several views of unbind in place.
         last = self.states[-1].view(self.rows, *self.shape)
         return last[0] if self.rows == 1 else (last[0], last[1])
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that `solve` and the layers share; see `solve` for their meaning."""
+
+    method: str
+    rtol: Tensor | float
+    atol: Tensor | float
+    gradient: gradients.GradientLike
+    controller: controllers.ControllerLike
+    step_size: float | None
+    first_step: float | None
+    max_steps: int
 
 
 @dataclass(frozen=True)

@@ -403,3 +403,23 @@ def test_an_adjoint_that_does_not_fit_the_forward_solve():
     with raises(ValueError, r"'dopri5' is adaptive.*rtol and atol"):
         nt.NODE(f, method="rk4", step_size=0.1, gradient=nt.gradients.Adjoint(method="dopri5"))(h)
     assert f.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "wrong", "nearest"),
+    [
+        (nt.NODE, "rtoll", "rtol"),
+        (nt.NODE, "max_step", "max_steps"),
+        (nt.HBNODE, "initial_velocty", "initial_velocity"),
+        (nt.GNesterovNODE, "gat", "gate"),
+        (nt.GNesterovNODE, "T", "t"),
+    ],
+)
+def test_an_unknown_option_of_a_layer_names_the_nearest(layer, wrong, nearest):
+    with pytest.raises(TypeError, match=rf"unknown option of {layer.__name__} '{wrong}': did you mean '{nearest}'"):
+        layer(lambda t, h: h, **{wrong: 1})
+
+
+def test_a_first_order_layer_knows_no_initial_velocity():
+    with pytest.raises(TypeError, match="unknown option of NODE 'initial_velocity'"):
+        nt.NODE(lambda t, h: h, initial_velocity=None)
