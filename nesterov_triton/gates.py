@@ -79,9 +79,10 @@ class Identity(Gate):
 class Softclip(Gate):
     """σ(x) = c tanh(x / c): the identity near 0, bounded by c, smooth everywhere. The default gate.
 
-    A kink costs a high-order adaptive method dearly: GNesterovNODE on the paper's point clouds (`nesterov-triton compare
-    point-cloud --gradient adjoint`: dopri5, tolerance 1e-7, seed 0) took, in epoch 100 of 100, 800 forward and 1348
-    backward evaluations a batch with hardtanh(±5) and 244 and 264 with softclip(5), at a training loss of 0.021 and 0.024.
+    A kink costs a high-order adaptive method dearly: GNesterovNODE on the paper's point clouds (`nesterov-triton
+    compare point-cloud --gradient adjoint`: dopri5, tolerance 1e-7, seed 0) took, in epoch 100 of 100, 800 forward and
+    1348 backward evaluations a batch with hardtanh(±5) and 244 and 264 with softclip(5), at a training loss of 0.021
+    and 0.024.
 
     Raises:
         ValueError: `bound` is not a positive finite number.
