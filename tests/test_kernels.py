@@ -240,6 +240,21 @@ def test_a_state_that_overflows_its_type_is_seen(kernels):
         assert torch.isnan(run["first_order_finish"](*arguments).error)
 
 
+@pytest.mark.parametrize("by", ["kernel", "reference"])
+def test_an_error_too_large_for_the_dtype_is_not_taken_for_none(by, request):
+    """dopri8 damps its error by another one, whose square overflows first: 1e18 and 1e21 in float32."""
+    run = (request.getfixturevalue("kernels") if by == "kernel" else REFERENCES)["first_order_finish"]
+    tableau = tableaus.get("dopri8")
+    rows = torch.tensor(tableau.error, dtype=F64)
+    wanted = torch.tensor([1e18, 1e21], dtype=F64)
+    slopes = (torch.linalg.pinv(rows) @ wanted).to(DEVICE, F32)
+    assert torch.allclose(rows @ slopes.to("cpu", F64), wanted, rtol=0.1)
+    slopes = slopes.view(-1, 1).unbind(0)
+    y = torch.zeros(1, dtype=F32, device=DEVICE)
+    done = run(y, slopes, scalar(1.0), scalar(0.0), scalar(1.0), tableau)
+    assert not float(done.error) <= 1
+
+
 def test_the_norm_is_the_same_in_every_run(kernels):
     tensors = (*momentum_arguments(DOPRI5, 2, 5, 5000, F32), scalar(1e-3), scalar(1e-3))
     first, second = (kernels["momentum_finish"](*tensors, DOPRI5, ODD, ODD, 1).error for _ in range(2))

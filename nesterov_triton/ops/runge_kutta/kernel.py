@@ -138,8 +138,11 @@ def norm_kernel(partials_ptr, error_ptr, blocks, count, ERRORS: tl.constexpr, CH
     elements = count.to(tl.float64)
     if ERRORS == 2:
         # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one.
-        denominator = total + 0.01 * tl.sum(damping, axis=0)
+        third = tl.sum(damping, axis=0)
+        denominator = total + 0.01 * third
         error = total * tl.sqrt(1.0 / (elements * tl.where(total == 0, 1.0, denominator)))
+        # It may overflow first: then it must not damp, or the step would look perfect.
+        error = tl.where(third < float("inf"), error, third)
     else:
         error = tl.sqrt(total / elements)
     tl.store(error_ptr, error)
