@@ -165,12 +165,8 @@ class Momentum(System):
         return self.fixed_xi if self.raw_xi is None else nn.functional.softplus(self.raw_xi)
 
     def scalars(self) -> dict[str, Tensor]:
-        found = {}
-        if self.raw_damping is not None:
-            found["damping"] = torch.sigmoid(self.raw_damping)
-        if self.raw_xi is not None:
-            found["xi"] = nn.functional.softplus(self.raw_xi)
-        return found
+        both = {"damping": self.damping, "xi": self.xi}
+        return {name: value for name, value in both.items() if isinstance(value, Tensor)}
 
     def check_times(self, times: list[float]) -> None:
         if self.nesterov and min(times) <= 0:

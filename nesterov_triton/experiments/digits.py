@@ -55,12 +55,7 @@ def build(model: str, settings: Settings) -> Network:
         model,
         TimedField(perceptron([field_inputs(model, PIXELS), HIDDEN, width], nn.Tanh)),
         None,
-        gate=settings.gate,
-        method=settings.method,
-        rtol=settings.tolerance,
-        atol=settings.tolerance,
-        step_size=settings.step_size,
-        gradient=settings.gradient,
+        **settings.layer_options(),
     )
     return Network(layer, nn.Linear(width, CLASSES))
 

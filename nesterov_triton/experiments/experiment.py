@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -29,6 +30,17 @@ class Settings:
     gradient: str
     gate: str
     device: str
+
+    def layer_options(self) -> dict[str, Any]:
+        """What of them a layer is built with."""
+        return {
+            "gate": self.gate,
+            "method": self.method,
+            "rtol": self.tolerance,
+            "atol": self.tolerance,
+            "step_size": self.step_size,
+            "gradient": self.gradient,
+        }
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from nesterov_triton.experiments.models import (
     build_layer,
     feature_width,
     field_inputs,
+    is_second_order,
     perceptron,
 )
 
@@ -61,17 +62,12 @@ def load(seed: int) -> tuple[Split, Split]:
 def build(model: str, settings: Settings) -> Network:
     """The published networks; the width brings all models to nearly the same number of parameters."""
     width = feature_width(model, DIMENSIONS)
-    n = 14 if model not in ("NODE", "ANODE") else 20
+    n = 14 if is_second_order(model) else 20
     layer = build_layer(
         model,
         TimedField(perceptron([field_inputs(model, DIMENSIONS), n, n, width], nn.ELU)),
         perceptron([DIMENSIONS, n, n, DIMENSIONS], partial(nn.Hardtanh, -5.0, 5.0)),
-        gate=settings.gate,
-        method=settings.method,
-        rtol=settings.tolerance,
-        atol=settings.tolerance,
-        step_size=settings.step_size,
-        gradient=settings.gradient,
+        **settings.layer_options(),
     )
     return Network(layer, nn.Linear(width, 1)).double()
 

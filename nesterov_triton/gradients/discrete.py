@@ -12,7 +12,6 @@ is one state an accepted step, and one step's graph.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
-from nesterov_triton.stepping.explicit_rk import dense_output, stage_times
+from nesterov_triton.stepping.explicit_rk import dense_output, stage_times, table
 from nesterov_triton.stepping.loop import AcceptedStep
 from nesterov_triton.tableaus import Tableau
 
@@ -206,7 +205,9 @@ class _Transpose:
         rows = flow.rows
         self.stages = s = stages
         self.nodes = (*tableau.c, *tableau.extra_c)[:s]
-        self._square, self._b = _tables(tableau, s, like.dtype, like.device)
+        numbers, n = table(tableau, like.dtype, like.device).matrix, tableau.stages
+        extra = numbers[n + 1 + len(tableau.error) :]
+        self._square, self._b = torch.cat((numbers[:n], extra))[:s, :s], numbers[n, :s]
         weights = like.new_zeros((s, s))
         back = like.new_zeros((s, s + 1 + inside))
         self._weights, self._back = weights, back
@@ -228,16 +229,3 @@ class _Transpose:
         torch.mul(self._b, dt, out=self._back[:, s])
         for j, weights in enumerate(inside):
             self._back[:, s + 1 + j].copy_(weights * dt)
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _tables(tableau: Tableau, stages: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """a, [s, s], and b, [s], of the first stages; made once, and never written to."""
-    rows = [*tableau.a, *tableau.extra_a][:stages]
-    square = [[*row, *(0.0,) * (stages - len(row))] for row in rows]
-    b = [*tableau.b, *(0.0 for _ in tableau.extra_c)][:stages]
-    return (
-        torch.tensor(square, dtype=torch.float64, device="cpu").to(device, dtype),
-        torch.tensor(b, dtype=torch.float64, device="cpu").to(device, dtype),
-    )

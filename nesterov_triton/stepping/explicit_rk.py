@@ -78,7 +78,8 @@ class Table:
     """A method's numbers as one matrix, with its rows as views.
 
     Attributes:
-        matrix: what leads to stage i; b; the error rows; what leads to the extra stages of dense output. Zero-padded.
+        matrix: what leads to stage i; b; the error rows; what leads to the extra stages of dense output. Zero-padded to
+            as many columns as there are stages, the extra ones included.
         rows: its rows without the padding, of these lengths.
         errors: the error rows among them, [s] each.
     """
@@ -106,7 +107,7 @@ def table_rows(tableau: Tableau) -> list[tuple[float, ...]]:
 def table(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Table:
     """The method's own numbers; made once, and never written to."""
     rows = table_rows(tableau)
-    width = max(map(len, rows))
+    width = len(tableau.interpolant)
     padded = [[*row, *(0.0,) * (width - len(row))] for row in rows]
     return Table(tableau, torch.tensor(padded, dtype=torch.float64, device="cpu").to(device, dtype))
 
@@ -219,7 +220,7 @@ class ExplicitRK:
         self.tableau, self.dynamics, self.tolerance, self.axis = tableau, dynamics, tolerance, axis
         self.dense = dense_output(tableau)
         count = self.dense.stages if dense else tableau.stages
-        self.stages: Stages = StageList() if differentiable else StageBuffer(max(count, 2), rows, like)
+        self.stages: Stages = StageList() if differentiable else StageBuffer(count, rows, like)
         self._table = self._scaled = table(tableau, like.dtype, like.device)
         self._errors: Tensor | None = None
         self._error_rows: Sequence[Tensor] = ()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nesterov_triton.status import SolveError, Status
 from nesterov_triton.stepping.controllers import Integral
-from nesterov_triton.stepping.explicit_rk import ExplicitRK, Tolerance
+from nesterov_triton.stepping.explicit_rk import ExplicitRK
 from nesterov_triton.stepping.initial_step import initial_step
 
 
@@ -208,6 +208,3 @@ def _emit(
 def _finite(z: Tensor) -> bool:
     """Whether all elements are. A sum may overflow where no element does, hence the second look."""
     return math.isfinite(z.detach().sum()) or bool(torch.isfinite(z).all())
-
-
-__all__ = ["AcceptedStep", "LoopOptions", "Progress", "Tolerance", "integrate"]

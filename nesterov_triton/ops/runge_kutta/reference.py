@@ -84,7 +84,7 @@ def finished_norm(
     if len(squares) == 1:
         return fit + torch.sqrt(squares[0] * mean)
     fifth, third = squares
-    # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one, which may overflow: then it
+    # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one. Where that overflows it
     # must not damp, or the step would look perfect.
     damped = torch.where(fifth == 0, fifth, fifth * torch.sqrt(mean / (fifth + 0.01 * third)))
     return fit + torch.where(torch.isfinite(third), damped, third)
