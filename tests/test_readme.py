@@ -60,6 +60,16 @@ def test_every_layer_gradient_method_and_status_is_in_its_table():
         ("belongs to adaptive methods", lambda h: nt.NODE(lambda t, y: y, method="rk4", step_size=0.1, first_step=1)),
         ("does not broadcast with h", lambda h: nt.NODE(lambda t, y: y, rtol=torch.ones(7))(h)),
         ("returned", lambda h: nt.NODE(lambda t, y: y[:1])(h)),
+        ("t must lie between", lambda h: nt.NesterovNODE(lambda t, y: y, t=[1.0, 2000.0])),
+        (
+            "t must be one tensor where it needs gradients",
+            lambda h: nt.NODE(lambda t, y: y, t=[0.0, torch.ones((), requires_grad=True)]),
+        ),
+        ("state of a momentum system must be a pair", lambda h: nt.solve(nt.systems.nesterov(torch.sin), h, (1, 2))),
+        ("state x and m must agree", lambda h: nt.solve(nt.systems.nesterov(torch.sin), (h, h[:1]), (1, 2))),
+        ("is defined for the Nesterov systems only", lambda h: nt.systems.Momentum(torch.sin, form="exact")),
+        ("initial_velocity returned", lambda h: nt.HBNODE(lambda t, y: y, initial_velocity=lambda y: y[:1])(h)),
+        ("gate must be elementwise", lambda h: nt.GHBNODE(lambda t, y: y, gate=lambda x: x[:1])(h)),
     ],
 )
 def test_the_errors_quoted_are_the_errors_raised(quoted, provoke):
