@@ -17,6 +17,7 @@ A new method is one more entry here. Sources, by the name used below:
 - HNW: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", 2nd ed. (1993), sections II.1 to II.6.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,21 @@ class Tableau:
     def stages(self) -> int:
         """Stages of one step, an FSAL stage included, those for dense output not."""
         return len(self.c)
+
+    @functools.cached_property
+    def all_c(self) -> tuple[float, ...]:
+        """The nodes of all s + e stages."""
+        return (*self.c, *self.extra_c)
+
+    @functools.cached_property
+    def all_a(self) -> tuple[tuple[float, ...], ...]:
+        """What leads to each of all s + e stages."""
+        return (*self.a, *self.extra_a)
+
+    @functools.cached_property
+    def step_rows(self) -> tuple[tuple[float, ...], ...]:
+        """What leads to each of the s stages and, last, to the step's end: the rows of a, then b."""
+        return (*self.a, self.b)
 
     @property
     def adaptive(self) -> bool:

@@ -27,7 +27,6 @@ from nesterov_triton.ops.first_order_finish import kernel as first_order_finish
 from nesterov_triton.ops.first_order_stage import kernel as first_order_stage
 from nesterov_triton.ops.momentum_finish import kernel as momentum_finish
 from nesterov_triton.ops.momentum_stage import kernel as momentum_stage
-from nesterov_triton.ops.runge_kutta.kernel import weights
 
 N = 1 << 16
 SOFTCLIP, HARDTANH, IDENTITY = gates.Softclip(5.0), gates.Hardtanh(5.0), gates.Identity()
@@ -147,7 +146,7 @@ def stage_call(tableau, known, new, ahead, dtype, gate=SOFTCLIP, momentum=False)
 def long_stage_call(tableau):  # type: ignore[no-untyped-def]
     """More elements than 32 bits count; the memory need not be there in order to compile."""
     u, z, c, (dt,) = rows(3, torch.float32), torch.empty(N), coefficients(tableau), scalars(1)
-    shape = weights(tableau), (True,) * 3, 2, 2
+    shape = tableau.all_a, (True,) * 3, 2, 2
     return lambda: momentum_stage.stage_kernel[(1,)](
         z, (u[0], u[1]), tuple(u), c, dt, (u[0], u[1]), (u[0], u[1]), None, 2**31 + 16,
         *shape, *softclip_form(), *softclip_form(), tl.float32, 1024, num_warps=8,

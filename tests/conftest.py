@@ -19,3 +19,25 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> None:
+    """For tests that run kernels: memory that nobody wrote is NaN. Skips where triton is missing, or would compile for
+    a device that is not there."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("triton was imported before TRITON_INTERPRET was set")
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(x):
+        return x.fill_(torch.nan) if x.is_floating_point() and x.device.type != "meta" else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+# Of the interpreter: numpy's, where a kernel computes infinities on purpose.
+def pytest_configure(config) -> None:
+    for kind in ("DeprecationWarning", "RuntimeWarning"):
+        config.addinivalue_line("filterwarnings", f"ignore::{kind}:triton")

@@ -1,10 +1,16 @@
-"""Which of an operator's implementations runs: by the tensor's device, nothing to configure."""
+"""Which of an operator's implementations runs: by the tensor's device, nothing to configure.
+
+An operator is a folder: `reference.py` has a function of the folder's name, `kernel.py` has `launch` with the same
+arguments, `__init__.py` the public function and its registration with `operator`.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +22,38 @@ from nesterov_triton.tableaus import TABLEAUS, Tableau
 def has_triton() -> bool:
     """Whether triton can be imported (it is not imported here)."""
     return importlib.util.find_spec("triton") is not None
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether operators on tensors of this device run Triton kernels rather than their torch reference."""
+    return device.type == "cuda" and has_triton()
+
+
+def implementation(op: str, like: Tensor) -> Callable[..., Any]:
+    """What runs for tensors where `like` is: the kernel's launcher, or the reference."""
+    return _load(op, runs_kernels(like.device))
+
+
+@functools.cache
+def _load(op: str, kernel: bool) -> Callable[..., Any]:
+    module = importlib.import_module(f"nesterov_triton.ops.{op}.{'kernel' if kernel else 'reference'}")
+    found: Callable[..., Any] = getattr(module, "launch" if kernel else op)
+    return found
+
+
+def operator(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `nesterov_triton::op`, for a tracer one node that it does not look into.
+
+    Args:
+        schema: of its arguments and results.
+        run: from these arguments to these results, on a CPU or a CUDA device; calls `implementation`.
+        fake: the same on tensors without data.
+    """
+    name = f"nesterov_triton::{op}"
+    registered = torch.library.custom_op(name, run, mutates_args=(), device_types="cpu", schema=schema)
+    registered.register_kernel("cuda")(run)
+    registered.register_fake(fake)
+    return registered
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -61,3 +99,10 @@ def check_scalars(like: Tensor, **scalars: Tensor) -> None:
                 f"{name} must be contiguous float32 or float64 on {like.device}; got {given.dtype} on {given.device} "
                 f"with strides {given.stride()}"
             )
+
+
+def check_coefficients(like: Tensor, coefficients: Tensor, stages: int) -> None:
+    """Raise ValueError unless these are the coefficients of at least so many stages, as `check_scalars`."""
+    check_scalars(like, coefficients=coefficients)
+    if coefficients.ndim != 2 or coefficients.shape[0] < stages or coefficients.shape[1] != 4:
+        raise ValueError(f"coefficients must have shape ({stages}, 4) or more rows, got {tuple(coefficients.shape)}")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nesterov_triton import tableaus
 from nesterov_triton.ops import dispatch
-from nesterov_triton.ops.first_order_finish import reference
 from nesterov_triton.ops.first_order_finish.reference import Finish
 from nesterov_triton.tableaus import Tableau
 
@@ -46,41 +45,25 @@ def first_order_finish(
     if dispatch.as_operator():
         new, error = _operator(*tensors, dispatch.method_name(tableau))
         return Finish(None if tableau.fsal else new, error)
-    run: Callable[..., Finish] = _kernel() if y.is_cuda else reference.first_order_finish
+    run: Callable[..., Finish] = dispatch.implementation("first_order_finish", y)
     return run(*tensors, tableau)
 
 
-def _kernel() -> Callable[..., Finish]:
-    if not dispatch.has_triton():
-        return reference.first_order_finish
-    from nesterov_triton.ops.first_order_finish import kernel
-
-    return kernel.launch
-
-
-def _run(implementation: Callable[..., Finish], *args: Any) -> tuple[Tensor, Tensor]:
+def _run(y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *tensors, method = args
-    new, error = implementation(*tensors, tableaus.get(method))
-    return error.new_empty(0, dtype=tensors[0].dtype) if new is None else new, error
+    new, error = dispatch.implementation("first_order_finish", y)(y, *tensors, tableaus.get(method))
+    return y.new_empty(0) if new is None else new, error
+
+
+def _fake(y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    fsal = tableaus.get(args[-1]).fsal
+    return y.new_empty(0 if fsal else y.numel()), y.new_empty((), dtype=torch.float64)
 
 
 # (y, error) as in `Finish`, y without elements where that has None.
-@torch.library.custom_op(
-    "nesterov_triton::first_order_finish",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor y, Tensor[] slopes, Tensor dt, Tensor rtol, Tensor atol, str method) -> (Tensor, Tensor)",
+_operator = dispatch.operator(
+    "first_order_finish",
+    "(Tensor y, Tensor[] slopes, Tensor dt, Tensor rtol, Tensor atol, str method) -> (Tensor, Tensor)",
+    _run,
+    _fake,
 )
-def _operator(*args: Any) -> tuple[Tensor, Tensor]:
-    return _run(reference.first_order_finish, *args)
-
-
-@_operator.register_kernel("cuda")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    return _run(_kernel(), *args)
-
-
-@_operator.register_fake
-def _(y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    fsal = tableaus.get(args[-1]).fsal
-    return y.new_empty(0 if fsal else y.numel()), y.new_empty((), dtype=torch.float64)

@@ -27,7 +27,6 @@ from nesterov_triton.ops.runge_kutta.kernel import (
     unless_finite,
     used,
     weighted,
-    weights,
 )
 from nesterov_triton.tableaus import Tableau
 
@@ -82,7 +81,7 @@ def launch(y: Tensor, slopes: Sequence[Tensor], dt: Tensor, rtol: Tensor, atol: 
     partials = torch.empty((max(errors, 1), programs), dtype=torch.float64, device=y.device)
     start(
         finish_kernel, programs, y, tuple(slopes), dt, rtol, atol, new, partials, n,
-        weights(tableau), tableau.error, tableau.stages, (*used(tableau.b, *tableau.error)[:-1], True),
+        tableau.step_rows, tableau.error, tableau.stages, (*used(tableau.b, *tableau.error)[:-1], True),
         tl.float64 if y.dtype == torch.float64 else tl.float32, block, **options,
     )  # fmt: skip
     return Finish(new, launch_norm(partials, n, errors))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, start, used, weights
+from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, start, used
 from nesterov_triton.tableaus import Tableau
 
 
@@ -42,7 +42,7 @@ def launch(y: Tensor, slopes: Sequence[Tensor], dt: Tensor, tableau: Tableau, st
         programs, block, options = launch_shape(n, y.dtype)
         start(
             stage_kernel, programs, y, tuple(slopes), dt, out, n,
-            weights(tableau), stage, used(weights(tableau)[stage + 1]),
+            tableau.all_a, stage, used(tableau.all_a[stage + 1]),
             tl.float64 if y.dtype == torch.float64 else tl.float32, block, **options,
         )  # fmt: skip
     return out

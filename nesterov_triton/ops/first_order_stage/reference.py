@@ -15,4 +15,4 @@ def first_order_stage(y: Tensor, slopes: Sequence[Tensor], dt: Tensor, tableau: 
     """See `ops.first_order_stage.first_order_stage`."""
     base = y.reshape(-1).to(wide(y.dtype))
     rows = [k.reshape(-1) for k in slopes]
-    return (base + dt.to(base.dtype) * weighted(rows, (*tableau.a, tableau.b)[stage + 1], base)).to(y.dtype)
+    return (base + dt.to(base.dtype) * weighted(rows, tableau.all_a[stage + 1], base)).to(y.dtype)

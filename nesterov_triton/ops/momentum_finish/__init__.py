@@ -45,7 +45,7 @@ def momentum_finish(
         z: (x_n, m_n), [2 N], float16, bfloat16, float32 or float64; other rows have its dtype. Contiguous, like all
             rows.
         slopes: dm of all stages before, N elements each.
-        coefficients: rows (κ, s, q, -γ), one for each stage of the method, [stages, 4] float32 or float64.
+        coefficients: rows (κ, s, q, -γ), one for each stage of the method, [stages, 4] or more, float32 or float64.
         dt, rtol, atol: one element each, float32 or float64; the tolerances are not looked at in fixed-step methods.
         tableau: the method.
         gate_x, gate_f: σ_x and σ_f.
@@ -63,9 +63,8 @@ def momentum_finish(
         raise ValueError(f"keep must lie in 0..{len(outputs)}, the number of outputs, got {keep}")
     dispatch.check_rows(z, 2 * n, z=z)
     dispatch.check_rows(z, n, outputs=outputs, slopes=slopes)
-    dispatch.check_scalars(z, coefficients=coefficients, dt=dt, rtol=rtol, atol=atol)
-    if coefficients.shape != (tableau.stages, 4):
-        raise ValueError(f"coefficients must have shape {(tableau.stages, 4)}, got {tuple(coefficients.shape)}")
+    dispatch.check_scalars(z, dt=dt, rtol=rtol, atol=atol)
+    dispatch.check_coefficients(z, coefficients, tableau.stages)
     tensors = outputs, z, slopes, coefficients, dt, rtol, atol
     form_x, form_f = kernel_form(gate_x), kernel_form(gate_f)
     if form_x is None or form_f is None:
@@ -73,40 +72,26 @@ def momentum_finish(
     if dispatch.as_operator():
         new, kept, error = _operator(*tensors, dispatch.method_name(tableau), *form_x, *form_f, keep)
         return Finish(new, kept, error)
-    run: Callable[..., Finish] = _kernel() if z.is_cuda else reference.momentum_finish
+    run: Callable[..., Finish] = dispatch.implementation("momentum_finish", z)
     return run(*tensors, tableau, gate_x, gate_f, keep)
 
 
-def _kernel() -> Callable[..., Finish]:
-    if not dispatch.has_triton():
-        return reference.momentum_finish
-    from nesterov_triton.ops.momentum_finish import kernel
-
-    return kernel.launch
-
-
-def _run(implementation: Callable[..., Finish], *args: Any) -> Finish:
+def _run(outputs: Sequence[Tensor], z: Tensor, *args: Any) -> Finish:
     *tensors, method, gate_x, bound_x, gate_f, bound_f, keep = args
-    return implementation(*tensors, tableaus.get(method), of_form(gate_x, bound_x), of_form(gate_f, bound_f), keep)
+    run: Callable[..., Finish] = dispatch.implementation("momentum_finish", z)
+    gates = of_form(gate_x, bound_x), of_form(gate_f, bound_f)
+    return run(outputs, z, *tensors, tableaus.get(method), *gates, keep)
 
 
-@torch.library.custom_op(
-    "nesterov_triton::momentum_finish",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor[] outputs, Tensor z, Tensor[] slopes, Tensor coefficients, Tensor dt, Tensor rtol, Tensor atol, "
-    "str method, str gate_x, float bound_x, str gate_f, float bound_f, int keep) -> (Tensor, Tensor[], Tensor)",
-)
-def _operator(*args: Any) -> Finish:
-    return _run(reference.momentum_finish, *args)
-
-
-@_operator.register_kernel("cuda")
-def _(*args: Any) -> Finish:
-    return _run(_kernel(), *args)
-
-
-@_operator.register_fake
-def _(outputs: Sequence[Tensor], z: Tensor, *args: Any) -> Finish:
+def _fake(outputs: Sequence[Tensor], z: Tensor, *args: Any) -> Finish:
     kept = [z.new_empty(z.numel() // 2) for _ in range(args[-1])]
     return Finish(torch.empty_like(z), kept, z.new_empty((), dtype=torch.float64))
+
+
+_operator = dispatch.operator(
+    "momentum_finish",
+    "(Tensor[] outputs, Tensor z, Tensor[] slopes, Tensor coefficients, Tensor dt, Tensor rtol, Tensor atol, "
+    "str method, str gate_x, float bound_x, str gate_f, float bound_f, int keep) -> (Tensor, Tensor[], Tensor)",
+    _run,
+    _fake,
+)

@@ -28,7 +28,6 @@ from nesterov_triton.ops.runge_kutta.kernel import (
     stored,
     unless_finite,
     weighted,
-    weights,
 )
 from nesterov_triton.tableaus import Tableau
 
@@ -112,7 +111,7 @@ def launch(
     start(
         finish_kernel, programs, z, tuple(outputs), tuple(slopes), coefficients, dt, rtol, atol, new, tuple(kept),
         partials, n,
-        weights(tableau), tableau.error, (True,) * len(slopes), len(outputs), keep,
+        tableau.step_rows, tableau.error, (True,) * len(slopes), len(outputs), keep,
         FORMS[form_x[0]], form_x[1], FORMS[form_f[0]], form_f[1],
         tl.float64 if z.dtype == torch.float64 else tl.float32, block, **options,
     )  # fmt: skip

@@ -37,7 +37,7 @@ def momentum_finish(
     keep: int,
 ) -> Finish:
     """See `ops.momentum_finish.momentum_finish`."""
-    dx, dm = all_slopes(outputs, z, slopes, coefficients, dt, tableau, gate_x, gate_f)
+    dx, dm = all_slopes(outputs, z, slopes, coefficients, dt, gate_x, gate_f, tableau.step_rows)
     dtype = wide(z.dtype)
     old, dt = z.view(2, -1).to(dtype), dt.to(dtype)
     x, m = old

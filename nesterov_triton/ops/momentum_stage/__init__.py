@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nesterov_triton import tableaus
@@ -48,13 +47,13 @@ def momentum_stage(
 
     Args:
         outputs: the field's outputs at the stages after those of `slopes`, N elements each; none where the slopes so
-            far are all known.
+            far are all known, or where the first stages' features are wanted.
         z: (x_n, m_n), [2 N], float16, bfloat16, float32 or float64; other rows have its dtype. Contiguous, like all
             rows.
         slopes: dm_0, dm_1, …, N elements each.
-        coefficients: rows (κ, s, q, -γ), one for each stage of the method, [stages, 4] float32 or float64.
+        coefficients: rows (κ, s, q, -γ), one for each stage up to the last one wanted, [stages, 4] float32 or float64.
         dt: the step size, one element, float32 or float64.
-        tableau: the method.
+        tableau: the method; its extra stages for dense output follow upon the others.
         gate_x, gate_f: σ_x and σ_f.
         ahead: how many stages' features are wanted, 1 or 2.
         momentum: whether the next stage's m is wanted too.
@@ -64,13 +63,14 @@ def momentum_stage(
     """
     n = z.numel() // 2
     following = len(slopes) + len(outputs)
-    if ahead not in (1, 2) or not 1 <= following <= tableau.stages - ahead:
-        raise ValueError(f"{ahead} stages after the first {following} of {tableau.name}, which has {tableau.stages}")
+    if ahead not in (1, 2) or following > len(tableau.all_a) - ahead:
+        raise ValueError(
+            f"{ahead} stages after the first {following} of {tableau.name}, which has {len(tableau.all_a)}"
+        )
     dispatch.check_rows(z, 2 * n, z=z)
     dispatch.check_rows(z, n, outputs=outputs, slopes=slopes)
-    dispatch.check_scalars(z, coefficients=coefficients, dt=dt)
-    if coefficients.shape != (tableau.stages, 4):
-        raise ValueError(f"coefficients must have shape {(tableau.stages, 4)}, got {tuple(coefficients.shape)}")
+    dispatch.check_scalars(z, dt=dt)
+    dispatch.check_coefficients(z, coefficients, following + ahead)
     form_x, form_f = kernel_form(gate_x), kernel_form(gate_f)
     if form_x is None or form_f is None:
         return reference.momentum_stage(outputs, z, slopes, coefficients, dt, tableau, gate_x, gate_f, ahead, momentum)
@@ -79,43 +79,29 @@ def momentum_stage(
             outputs, z, slopes, coefficients, dt, dispatch.method_name(tableau), *form_x, *form_f, ahead, momentum
         )
         return Stage(rows[:ahead], rows[ahead : ahead + len(outputs)], rows[-1] if momentum else None)
-    run: Callable[..., Stage] = _kernel() if z.is_cuda else reference.momentum_stage
+    run: Callable[..., Stage] = dispatch.implementation("momentum_stage", z)
     return run(outputs, z, slopes, coefficients, dt, tableau, gate_x, gate_f, ahead, momentum)
 
 
-def _kernel() -> Callable[..., Stage]:
-    if not dispatch.has_triton():
-        return reference.momentum_stage
-    from nesterov_triton.ops.momentum_stage import kernel
-
-    return kernel.launch
-
-
-def _run(implementation: Callable[..., Stage], *args: Any) -> list[Tensor]:
-    *tensors, method, gate_x, bound_x, gate_f, bound_f, ahead, momentum = args
+def _run(outputs: Sequence[Tensor], z: Tensor, *args: Any) -> list[Tensor]:
+    *scalars, method, gate_x, bound_x, gate_f, bound_f, ahead, momentum = args
+    slopes, coefficients, dt = scalars
     gates = of_form(gate_x, bound_x), of_form(gate_f, bound_f)
-    h, slopes, m = implementation(*tensors, tableaus.get(method), *gates, ahead, momentum)
-    return [*h, *slopes, *([] if m is None else [m])]
+    run = dispatch.implementation("momentum_stage", z)
+    h, new, m = run(outputs, z, slopes, coefficients, dt, tableaus.get(method), *gates, ahead, momentum)
+    return [*h, *new, *([] if m is None else [m])]
+
+
+def _fake(outputs: Sequence[Tensor], z: Tensor, *args: Any) -> list[Tensor]:
+    *_, ahead, momentum = args
+    return [z.new_empty(z.numel() // 2) for _ in range(ahead + len(outputs) + momentum)]
 
 
 # The rows of `Stage`, one after the other.
-@torch.library.custom_op(
-    "nesterov_triton::momentum_stage",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor[] outputs, Tensor z, Tensor[] slopes, Tensor coefficients, Tensor dt, str method, str gate_x, "
+_operator = dispatch.operator(
+    "momentum_stage",
+    "(Tensor[] outputs, Tensor z, Tensor[] slopes, Tensor coefficients, Tensor dt, str method, str gate_x, "
     "float bound_x, str gate_f, float bound_f, int ahead, bool momentum) -> Tensor[]",
+    _run,
+    _fake,
 )
-def _operator(*args: Any) -> list[Tensor]:
-    return _run(reference.momentum_stage, *args)
-
-
-@_operator.register_kernel("cuda")
-def _(*args: Any) -> list[Tensor]:
-    return _run(_kernel(), *args)
-
-
-@_operator.register_fake
-def _(outputs: Sequence[Tensor], z: Tensor, *args: Any) -> list[Tensor]:
-    *_, ahead, momentum = args
-    return [z.new_empty(z.numel() // 2) for _ in range(ahead + len(outputs) + momentum)]

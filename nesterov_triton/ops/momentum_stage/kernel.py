@@ -36,7 +36,7 @@ from nesterov_triton.gates import Gate, kernel_form
 from nesterov_triton.gates_triton import FORMS
 from nesterov_triton.ops.momentum.kernel import all_slopes
 from nesterov_triton.ops.momentum_stage.reference import Stage
-from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, start, weights
+from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, load_rows, start
 from nesterov_triton.tableaus import Tableau
 
 
@@ -99,7 +99,7 @@ def launch(
         programs, block, options = launch_shape(n, z.dtype)
         start(
             stage_kernel, programs, z, tuple(outputs), tuple(slopes), coefficients, dt, tuple(new), tuple(h), m, n,
-            weights(tableau), (True,) * len(slopes), len(outputs), ahead,
+            tableau.all_a, (True,) * len(slopes), len(outputs), ahead,
             FORMS[form_x[0]], form_x[1], FORMS[form_f[0]], form_f[1],
             tl.float64 if z.dtype == torch.float64 else tl.float32, block, **options,
         )  # fmt: skip

@@ -27,17 +27,16 @@ def all_slopes(
     slopes: Sequence[Tensor],
     coefficients: Tensor,
     dt: Tensor,
-    tableau: Tableau,
     gate_x: Gate,
     gate_f: Gate,
+    rows: Sequence[Sequence[float]],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(dx_j, dm_j) of all stages up to the last output, [N] each, in the dtype that is computed in; dx has one more.
-    Arguments as `momentum_stage`."""
+    `rows` leads to each stage and to what follows the last; the other arguments as `momentum_stage`."""
     dtype = wide(z.dtype)
     x, m = z.view(2, -1).to(dtype)
     dt, coefficients = dt.to(dtype), coefficients.to(dtype)
     dm = [k.to(dtype) for k in slopes]
-    rows = (*tableau.a, tableau.b)
     momenta = [m + dt * weighted(dm, rows[j], m) for j in range(len(dm) + 1)]
     dx = [gate_x(m_j) for m_j in momenta]
     for u in outputs:
@@ -64,11 +63,12 @@ def momentum_stage(
     momentum: bool,
 ) -> Stage:
     """See `ops.momentum_stage.momentum_stage`."""
-    dx, dm = all_slopes(outputs, z, slopes, coefficients, dt, tableau, gate_x, gate_f)
+    rows = tableau.all_a
+    dx, dm = all_slopes(outputs, z, slopes, coefficients, dt, gate_x, gate_f, rows)
     dtype = wide(z.dtype)
     x, m = z.view(2, -1).to(dtype)
     dt, scale = dt.to(dtype), coefficients[:, 0].to(dtype)
     following = range(len(dm), len(dm) + ahead)
-    h = [(scale[i] * (x + dt * weighted(dx, tableau.a[i], x))).to(z.dtype) for i in following]
-    m_next = (m + dt * weighted(dm, tableau.a[len(dm)], m)).to(z.dtype) if momentum else None
+    h = [(scale[i] * (x + dt * weighted(dx, rows[i], x))).to(z.dtype) for i in following]
+    m_next = (m + dt * weighted(dm, rows[len(dm)], m)).to(z.dtype) if momentum else None
     return Stage(h, [k.to(z.dtype) for k in dm[len(slopes) :]], m_next)

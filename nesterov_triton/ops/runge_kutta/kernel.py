@@ -7,15 +7,12 @@ compile-time number would become a float32. Tuples grow by `+`, the one way that
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from nesterov_triton.tableaus import Tableau
 
 # 16 bytes a thread and row, the widest load there is. Half precision gets 8: all arithmetic is on float32, and with 16
 # the up to thirty rows of a dopri8 finish would take 8 registers each, and 240 leave no room for a second program.
@@ -40,12 +37,6 @@ def start(kernel: Any, programs: int, rows: Tensor, *arguments: Any, **options: 
     launches on the current one."""
     with torch.cuda.device_of(rows):
         kernel[(programs,)](rows, *arguments, **options)
-
-
-@functools.lru_cache(maxsize=64)
-def weights(tableau: Tableau) -> tuple[tuple[float, ...], ...]:
-    """What leads to each stage and, last, to the step's end: the rows of a, then b."""
-    return (*tableau.a, tableau.b)
 
 
 def used(*rows: tuple[float, ...]) -> tuple[bool, ...]:
