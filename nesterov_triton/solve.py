@@ -17,8 +17,8 @@ from nesterov_triton.gradients.leaves import refuse_gradients
 from nesterov_triton.gradients.problem import Problem, forward, parameters, trainable
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
-from nesterov_triton.stepping.explicit_rk import Tolerance
 from nesterov_triton.stepping.loop import LoopOptions
+from nesterov_triton.stepping.stepper import Tolerance
 from nesterov_triton.systems import System, as_system
 from nesterov_triton.tableaus import Tableau
 

@@ -37,7 +37,8 @@ from nesterov_triton import gates, systems, tableaus
 from nesterov_triton.flow import Flow
 from nesterov_triton.network import Network
 from nesterov_triton.ops import dispatch, first_order_finish, first_order_stage, momentum_finish, momentum_stage
-from nesterov_triton.stepping.explicit_rk import ExplicitRK, Tolerance, error_norm, stage_times
+from nesterov_triton.stepping.explicit_rk import ExplicitRK, error_norm
+from nesterov_triton.stepping.stepper import Tolerance, stage_times
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 OPERATORS = ("momentum_stage", "momentum_finish", "first_order_stage", "first_order_finish")

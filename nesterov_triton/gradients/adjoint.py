@@ -24,8 +24,9 @@ from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.gradients.totals import Totals, accumulate, zeros_for
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
-from nesterov_triton.stepping.explicit_rk import ExplicitRK, Tolerance, error_norm, stage_times
+from nesterov_triton.stepping.explicit_rk import ExplicitRK, error_norm
 from nesterov_triton.stepping.loop import AcceptedStep, Progress, integrate
+from nesterov_triton.stepping.stepper import Tolerance, stage_times
 from nesterov_triton.tableaus import Tableau
 
 

@@ -26,8 +26,10 @@ from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
-from nesterov_triton.stepping.explicit_rk import dense_output, stage_times, table
+from nesterov_triton.stepping.dense_output import dense_output
+from nesterov_triton.stepping.explicit_rk import table
 from nesterov_triton.stepping.loop import AcceptedStep
+from nesterov_triton.stepping.stepper import stage_times
 from nesterov_triton.tableaus import Tableau
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from nesterov_triton.flow import Flow
 from nesterov_triton.network import Network
 from nesterov_triton.status import Stats
-from nesterov_triton.stepping.explicit_rk import ExplicitRK, TimeAxis, Tolerance
+from nesterov_triton.stepping.explicit_rk import ExplicitRK
 from nesterov_triton.stepping.loop import LoopOptions, OnAccept, Progress, integrate
+from nesterov_triton.stepping.stepper import TimeAxis, Tolerance
 from nesterov_triton.systems import System
 from nesterov_triton.tableaus import Tableau
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 from nesterov_triton.flow import OpenState, StageTimes
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
+from nesterov_triton.stepping.dense_output import dense_output
+from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.tableaus import Tableau
 
 
@@ -37,41 +38,6 @@ class Dynamics(Protocol):
 
     def derivative(self, at: StageTimes, i: int, z: OpenState, out: Row | None = None) -> Sequence[Tensor]:
         """The right-hand side at stage `i` as parts of [N], written into `out` if given."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """rtol and atol: numbers, or tensors that broadcast with the flat state."""
-
-    rtol: Tensor | float
-    atol: Tensor | float
-
-
-class TimeAxis:
-    """The differentiable times of a solve: its steps move with the first time, and the last step ends at the last time.
-
-    Step sizes themselves are constants. What a step sees is the float plus a zero that carries the gradient, so that
-    values do not depend on whether gradients are wanted.
-
-    Args:
-        times: [n], float64 on the CPU.
-    """
-
-    def __init__(self, times: Tensor) -> None:
-        self._zeros = times - times.detach()
-        self._last = float(times[-1].detach())
-
-    def start(self, t: float) -> Tensor:
-        """The time `t` at which a step starts."""
-        return t + self._zeros[0]
-
-    def end(self, t: float) -> Tensor:
-        """The time `t` at which a step ends."""
-        return t + self._zeros[-1 if t == self._last else 0]
-
-    def output(self, t: float, index: int) -> Tensor:
-        """The requested time of that index, `t`."""
-        return t + self._zeros[index]
 
 
 class Table:
@@ -283,6 +249,14 @@ class ExplicitRK:
         size = torch.maximum(old, torch.abs(z1.detach(), out=new))
         return error_norm(self._errors, size, tolerance.rtol, tolerance.atol)
 
+    def witness(self, z1: Tensor) -> Tensor:
+        """0-d, of the step just taken, to z1: finite only where z1 is."""
+        return z1.detach().sum()
+
+    def starts_finite(self) -> bool:
+        """Whether the derivative that the step just taken started with is finite."""
+        return bool(torch.isfinite(self.stages.stage(0)).all())
+
     def accept(self) -> None:
         """Go on from the state that the step just taken gave."""
         if self._magnitudes is not None:
@@ -297,20 +271,26 @@ class ExplicitRK:
         self._has_first = False
         self._magnitudes = None
 
-    def interpolate(self, t: float, t1: float, z: Tensor, time: float, index: int) -> Tensor:
-        """The state at `time`, the requested time of that index, inside the step just taken and not yet accepted."""
-        tableau = self.tableau
-        if tableau.extra_c and not self._has_extra:
-            at = self.dynamics.at(self._times(t, t1, (*tableau.c, *tableau.extra_c)))
-            for j in range(tableau.stages, self.dense.stages):
+    def interpolate(
+        self, t: float, t1: float, z: Tensor, times: Sequence[float], indices: Sequence[int]
+    ) -> list[Tensor]:
+        """The states at `times`, the requested times of these indices, inside the step from z just taken and not yet
+        accepted, [D] each."""
+        tableau, s = self.tableau, self.tableau.stages
+        if self.dense.stages > s and not self._has_extra:
+            at = self.dynamics.at(self._times(t, t1, tableau.all_c))
+            for j in range(s, self.dense.stages):
                 self._evaluate(at, j, self._combine(z, j + 1 + len(tableau.error)))
             self._has_extra = True
-        if self.axis is None:
+        columns, dt = self.stages.columns(self.dense.stages), self._step_size(t, t1)
+        states = []
+        for time, index in zip(times, indices, strict=True):
             theta: Tensor | float = (time - t) / (t1 - t)
-        else:
-            theta = (self.axis.output(time, index) - self.axis.start(t)) / self._step_size(t, t1)
-        weights = self.dense.weights(theta) * self._step_size(t, t1)
-        return runge_kutta.combine(z, self.stages.columns(self.dense.stages), weights.to(z.device, z.dtype))
+            if self.axis is not None:
+                theta = (self.axis.output(time, index) - self.axis.start(t)) / dt
+            weights = self.dense.weights(theta) * dt
+            states.append(runge_kutta.combine(z, columns, weights.to(z.device, z.dtype)))
+        return states
 
     def _evaluate(self, at: StageTimes, i: int, z: Tensor) -> None:
         self._put(at, i, self.dynamics.open(z))
@@ -344,37 +324,3 @@ def error_norm(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Tensor 
         return float(third)
     # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one.
     return float(fifth) * math.sqrt(mean / (fifth + 0.01 * third)) if fifth else float(fifth)
-
-
-def stage_times(t: float, t1: float, nodes: Sequence[float]) -> list[float]:
-    """The times of the stages of a step from t to t1."""
-    dt = t1 - t
-    return [t1 if c == 1.0 else t + c * dt for c in nodes]
-
-
-class DenseOutput:
-    """A method's interpolant: y(t + θ dt) = y + dt Σ_i b_i(θ) k_i, with polynomials b_i.
-
-    Attributes:
-        stages: how many stages it needs, the extra ones included.
-    """
-
-    def __init__(self, tableau: Tableau) -> None:
-        self.stages = len(tableau.interpolant)
-        self._polynomials = torch.tensor(tableau.interpolant, dtype=torch.float64, device="cpu")
-        self._powers = torch.arange(1, self._polynomials.shape[1] + 1, dtype=torch.float64, device="cpu")
-
-    def weights(self, theta: Tensor | float) -> Tensor:
-        """b_i(θ), [stages] float64 on the CPU."""
-        return self._polynomials @ theta**self._powers
-
-    def slopes(self, theta: float) -> Tensor:
-        """db_i/dθ, [stages] float64 on the CPU."""
-        return self._polynomials @ (self._powers * theta ** (self._powers - 1))
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def dense_output(tableau: Tableau) -> DenseOutput:
-    """The method's interpolant, made once."""
-    return DenseOutput(tableau)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nesterov_triton.ops import runge_kutta
-from nesterov_triton.stepping.explicit_rk import ExplicitRK
+from nesterov_triton.stepping.stepper import Stepper
 
 
-def initial_step(stepper: ExplicitRK, t: float, end: float, z: Tensor) -> float:
+def initial_step(stepper: Stepper, t: float, end: float, z: Tensor) -> float:
     """A first step size > 0, at most the interval; NaN where the right-hand side is not finite at the start.
 
     Costs one evaluation of the right-hand side beyond the one that the first step needs anyway. The trial point stays
@@ -37,7 +37,7 @@ def initial_step(stepper: ExplicitRK, t: float, end: float, z: Tensor) -> float:
     return min(100 * h0, h1, span)
 
 
-def _norms(stepper: ExplicitRK, values: Tensor, z: Tensor) -> list[float]:
+def _norms(stepper: Stepper, values: Tensor, z: Tensor) -> list[float]:
     """Norms of `values`, [n, D], relative to the tolerance at z."""
     tolerance = stepper.tolerance
     assert tolerance is not None

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nesterov_triton.status import SolveError, Status
 from nesterov_triton.stepping.controllers import Integral
-from nesterov_triton.stepping.explicit_rk import ExplicitRK
 from nesterov_triton.stepping.initial_step import initial_step
+from nesterov_triton.stepping.stepper import Stepper
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LoopOptions:
 
 
 def integrate(
-    stepper: ExplicitRK,
+    stepper: Stepper,
     z: Tensor,
     times: Sequence[float],
     options: LoopOptions,
@@ -85,7 +85,7 @@ def integrate(
 
 
 def _adaptive(
-    stepper: ExplicitRK,
+    stepper: Stepper,
     z: Tensor,
     times: Sequence[float],
     options: LoopOptions,
@@ -127,7 +127,7 @@ def _adaptive(
             progress.rejected += 1
             # A step too long may overflow and is tried again shorter; nothing mends a field that is not finite here.
             finite = math.isfinite(error)
-            if not finite and not bool(torch.isfinite(stepper.stages.stage(0)).all()):
+            if not finite and not stepper.starts_finite():
                 raise fail(Status.NON_FINITE, h)
             dt, after_rejection = h * factor, True
             continue
@@ -148,7 +148,7 @@ def _adaptive(
 
 
 def _fixed(
-    stepper: ExplicitRK,
+    stepper: Stepper,
     z: Tensor,
     times: Sequence[float],
     options: LoopOptions,
@@ -167,42 +167,50 @@ def _fixed(
     if count > 1 and step_size <= 4 * math.ulp(max(abs(t), abs(end))):
         raise SolveError(Status.STEP_UNDERFLOW, t, sign * step_size, 0)
     reached: list[Tensor] = []
-    sums: list[Tensor] = []
+    witnesses: list[Tensor] = []
     starts: list[float] = []
     for n in range(1, count + 1):
         t1 = end if n == count else start + n * sign * step_size
         z1 = stepper.step(t, t1, z)
         progress.accepted += 1
         starts.append(t)
-        sums.append(z1.detach().sum())
+        witnesses.append(stepper.witness(z1))
         outputs = _emit(stepper, t, t1, z, z1, times, reached)
         if on_accept is not None:
             on_accept(AcceptedStep(t, t1, z, outputs))
         stepper.accept()
         t, z = t1, z1
     if not _finite(z):
-        bad = torch.isfinite(torch.stack(sums)).tolist().index(False)
+        bad = torch.isfinite(torch.stack(witnesses)).tolist().index(False)
         good = [r for k, r in enumerate(reached, 1) if sign * (times[k] - starts[bad]) <= 0]
         raise SolveError(Status.NON_FINITE, starts[bad], sign * step_size, bad + 1, tuple(good))
     return reached
 
 
 def _emit(
-    stepper: ExplicitRK, t: float, t1: float, z: Tensor, z1: Tensor, times: Sequence[float], reached: list[Tensor]
+    stepper: Stepper, t: float, t1: float, z: Tensor, z1: Tensor, times: Sequence[float], reached: list[Tensor]
 ) -> tuple[int, ...]:
     """Append the states at the requested times that the step from t to t1 has reached; return their indices."""
     first = k = len(reached) + 1
-    sign = math.copysign(1.0, t1 - t)
-    while k < len(times) and sign * (times[k] - t1) <= 0:
-        if times[k] != t1:
-            reached.append(stepper.interpolate(t, t1, z, times[k], k))
-        elif stepper.axis is None or k == len(times) - 1:
-            reached.append(z1)
-        else:  # the value is that of the step's end, but its time moves by itself
-            inside = stepper.interpolate(t, t1, z, t1, k)
-            reached.append(z1.detach() + (inside - inside.detach()))
+    sign, last = math.copysign(1.0, t1 - t), len(times) - 1
+    while k <= last and sign * (times[k] - t1) <= 0:
         k += 1
-    return tuple(range(first, k))
+    taken = range(first, k)
+    # At the step's end the state is known; where times are differentiated, its time moves by itself all the same.
+    inside = [k for k in taken if times[k] != t1 or (stepper.axis is not None and k != last)]
+    found = (
+        dict(zip(inside, stepper.interpolate(t, t1, z, [times[k] for k in inside], inside), strict=True))
+        if inside
+        else {}
+    )
+    for k in taken:
+        if k not in found:
+            reached.append(z1)
+        elif times[k] != t1:
+            reached.append(found[k])
+        else:
+            reached.append(z1.detach() + (found[k] - found[k].detach()))
+    return tuple(taken)
 
 
 def _finite(z: Tensor) -> bool:
