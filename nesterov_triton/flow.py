@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nesterov_triton.network import Network
+from nesterov_triton.network import Evaluation, Network
 from nesterov_triton.ops import momentum
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.systems import Coefficients, Momentum, System
@@ -43,9 +43,7 @@ class StageTimes:
 class Linearisation:
     """One evaluation of the right-hand side with the network's graph kept, ready for `Flow.pullback`."""
 
-    leaves: tuple[Tensor, ...]  # what the network was given: h, or (h, m)
-    time: Tensor | None  # its 0-d time, where gradients with respect to times are wanted
-    u: Tensor  # the network's output, with its graph, shape of h
+    network: Evaluation
     state: OpenState
     slope: Row  # the right-hand side
     values: Row  # σ_x(m) and σ_f(u), where the gates have any
@@ -172,13 +170,8 @@ class Flow:
     def linearise(self, at: StageTimes, i: int, z: OpenState, out: Row, values: Row) -> Linearisation:
         """As `derivative` into `out`, keeping the network's graph for `pullback`. `z`, `out` and `values`, a row for
         the gates' values, must stay as they are until then."""
-        # Tensors of their own: a view that is marked as a leaf here must not be the state's.
-        leaves = tuple(f.detach().requires_grad_() for f in self._features(at.scale[i], z))
-        t = at.t[i]
-        time = t.detach().requires_grad_() if self.time_grads else None
-        with torch.enable_grad():
-            u = self.network(t if time is None else time, *leaves)
-        flat = u.detach().reshape(-1)
+        evaluation = self.network.taped(at.t[i], *self._features(at.scale[i], z), time_grads=self.time_grads)
+        flat = evaluation.u.detach().reshape(-1)
         if self._gates is None:
             out.flat.copy_(flat)
         else:
@@ -186,7 +179,7 @@ class Flow:
             momentum.derivative(
                 z.parts[1], flat, z.transposed, system.sign, at.drive[i], at.linear[i], self._gates, out, values
             )
-        return Linearisation(leaves, time, u, z, out, values)
+        return Linearisation(evaluation, z, out, values)
 
     def pullback(
         self, at: StageTimes, i: int, lin: Linearisation, c: Row, out: Row, wrt_params: bool = True
@@ -199,7 +192,7 @@ class Flow:
         """
         params = self.params if wrt_params else ()
         if self._gates is None:
-            through, through_time, grads = self._through_field(lin, c.flat, params)
+            through, through_time, grads = lin.network.pullback(c.flat, params)
             if through[0] is None:
                 out.flat.zero_()
             else:
@@ -207,10 +200,10 @@ class Flow:
             return Cotangents(grads, through_time)
         system: Momentum = self.system  # type: ignore[assignment]
         drive, scale = at.drive[i], at.scale[i]
-        u = lin.u.detach().reshape(-1)
+        u = lin.network.u.detach().reshape(-1)
         of_m, gated = momentum.gate_cotangents(c, lin.state.parts[1], u, lin.slope, lin.values, self._gates)
         g = momentum.field_cotangent(gated, system.sign, drive)
-        through, through_time, grads = self._through_field(lin, g, params)
+        through, through_time, grads = lin.network.pullback(g, params)
         v = through[0]
         momentum.pullback(c, of_m, v, scale, at.linear[i], out)
         if system.sees_momentum and through[1] is not None:
@@ -230,17 +223,3 @@ class Flow:
         if scale is not None:
             return (z.shaped[0] * scale,)
         return z.shaped if self.system.sees_momentum else z.shaped[:1]
-
-    def _through_field(
-        self, lin: Linearisation, g: Tensor, params: tuple[Tensor, ...]
-    ) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
-        """Cotangents of (the leaves, flat), of the time, and of `params`, for the cotangent `g`, [N], of the output."""
-        n = len(lin.leaves)
-        inputs = (*lin.leaves, *params) if lin.time is None else (*lin.leaves, lin.time, *params)
-        if not lin.u.requires_grad:  # a field that depends on nothing
-            return (None,) * n, None, (None,) * len(params)
-        grads = torch.autograd.grad(lin.u, inputs, g.view(self.shape), allow_unused=True)
-        through = [None if v is None else v.reshape(-1) for v in grads[:n]]
-        if lin.time is None:
-            return through, None, grads[n:]
-        return through, grads[n], grads[n + 1 :]

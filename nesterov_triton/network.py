@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nesterov_triton.systems import Field
+
+
+@dataclass
+class Evaluation:
+    """One call of a field with its graph kept, ready for one `pullback`."""
+
+    leaves: tuple[Tensor, ...]  # what the field was given: h, or (h, m)
+    time: Tensor | None  # its 0-d time, where gradients with respect to times are wanted
+    u: Tensor  # its output, with its graph
+
+    def pullback(
+        self, g: Tensor, params: tuple[Tensor, ...]
+    ) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
+        """Cotangents of (the leaves, flat), of the time, and of `params`, for the cotangent `g`, [N], of the output;
+        None for what the output does not depend on. Frees the graph."""
+        n = len(self.leaves)
+        inputs = (*self.leaves, *params) if self.time is None else (*self.leaves, self.time, *params)
+        if not self.u.requires_grad:  # a field that depends on nothing
+            return (None,) * n, None, (None,) * len(params)
+        grads = torch.autograd.grad(self.u, inputs, g.view(self.u.shape), allow_unused=True)
+        through = [None if v is None else v.reshape(-1) for v in grads[:n]]
+        if self.time is None:
+            return through, None, grads[n:]
+        return through, grads[n], grads[n + 1 :]
 
 
 class Network:
@@ -59,6 +84,14 @@ class Network:
         if self._on_output is not None and u.requires_grad:
             self._on_output(u)
         return u
+
+    def taped(self, t: Tensor, *features: Tensor, time_grads: bool = False) -> Evaluation:
+        """A call whose graph is kept. The features' memory must stay as it is until the pullback."""
+        # Tensors of their own: a view that is marked as a leaf here must not be the state's.
+        leaves = tuple(f.detach().requires_grad_() for f in features)
+        time = t.detach().requires_grad_() if time_grads else None
+        with torch.enable_grad():
+            return Evaluation(leaves, time, self(t if time is None else time, *leaves))
 
     def _first(self, t: Tensor, *features: Tensor) -> Tensor:
         """The first evaluation, looked at for what would be wrong every time."""

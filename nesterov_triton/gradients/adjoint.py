@@ -190,7 +190,7 @@ class _AdjointDynamics:
         slope, of_state = out.split()
         lin = flow.linearise(at, i, flow.open(state), slope, self._values)
         if i <= 1:  # once an attempt at least: a field may use a tensor at some times only
-            check_leaves(flow, lin)
+            check_leaves(flow, lin.network)
         wanted = i == 0 or fsal or any(w[i] != 0 for w in self.weights)
         found = flow.pullback(at, i, lin, Row.of(adjoint, flow.rows), of_state, wrt_params=wanted)
         if found.params:

@@ -127,7 +127,7 @@ class ReverseSweep:
                 runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i], out=state.flat)
             lin = flow.linearise(at, i, state, step.slopes[i], step.values[i])
             if i == 0:  # at every step: a field may use a tensor at some times only
-                check_leaves(flow, lin)
+                check_leaves(flow, lin.network)
             lins.append(lin)
 
         # And back.

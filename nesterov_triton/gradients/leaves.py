@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from nesterov_triton import gates
-from nesterov_triton.flow import Flow, Linearisation
+from nesterov_triton.flow import Flow
 from nesterov_triton.gradients.problem import Problem, parameters
+from nesterov_triton.network import Evaluation
 from nesterov_triton.systems import Momentum
 
 
-def check_leaves(flow: Flow, lin: Linearisation) -> None:
+def check_leaves(flow: Flow, evaluation: Evaluation) -> None:
     """Raise where the field uses tensors that need gradients and would silently get none.
 
     Raises:
         RuntimeError: naming their shapes.
     """
-    seen = (*lin.leaves, *flow.params) if lin.time is None else (*lin.leaves, lin.time, *flow.params)
-    unseen = unseen_leaves(lin.u, seen)
+    own = evaluation.leaves if evaluation.time is None else (*evaluation.leaves, evaluation.time)
+    unseen = unseen_leaves(evaluation.u, (*own, *flow.params))
     if unseen:
         raise RuntimeError(_lost(unseen))
     if isinstance(flow.system, Momentum):

@@ -198,11 +198,9 @@ def _emit(
     taken = range(first, k)
     # At the step's end the state is known; where times are differentiated, its time moves by itself all the same.
     inside = [k for k in taken if times[k] != t1 or (stepper.axis is not None and k != last)]
-    found = (
-        dict(zip(inside, stepper.interpolate(t, t1, z, [times[k] for k in inside], inside), strict=True))
-        if inside
-        else {}
-    )
+    found: dict[int, Tensor] = {}
+    if inside:
+        found.update(zip(inside, stepper.interpolate(t, t1, z, [times[k] for k in inside], inside), strict=True))
     for k in taken:
         if k not in found:
             reached.append(z1)
