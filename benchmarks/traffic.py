@@ -9,7 +9,7 @@ sums) are counted too, and vanish with growing N.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nesterov_triton import tableaus
@@ -51,12 +51,111 @@ def momentum_finish(tableau: Tableau, new: int, keep: int = 1) -> Launch:
     return Launch("momentum finish", 2 + new + slopes, 2 + keep)
 
 
-def _slopes_read(rows: Sequence[Sequence[float]], known: int, positions: Sequence[int], momenta: Sequence[int]) -> int:
+def momentum_adjoint_stage(tableau: Tableau, known: int, new: int, ahead: int, sees_momentum: bool = False) -> Launch:
+    """The launch that takes the field's outputs at `new` stages, with dm and v of the `known` ones before them, to the
+    features of the `ahead` stages after them and to the outputs' cotangents; see `ops.momentum_adjoint_stage`."""
+    following, rows = known + new, (*tableau.all_a, ())
+    back = _Sweep.of(rows, set(range(known, following)))
+    m = sees_momentum and ahead > 0
+    momenta = [*range(known, following), *back.p_m, *([following] if m else [])]
+    slopes = _slopes_read(rows, known, range(known, following + ahead), momenta)
+    through = len(back.p_x) + sees_momentum * len(back.p_m)
+    read = 2 + new + slopes + 1 + bool(back.y_x) + through
+    return Launch(f"adjoint stages {known}-{following - 1}", read, 2 * new + ahead + m)
+
+
+def momentum_adjoint_finish(tableau: Tableau, sees_momentum: bool = False) -> Launch:
+    """The launch that ends an adjoint step, with or without the quadratures; its second half reads no rows."""
+    stages, rows = tableau.stages, (*tableau.a, tableau.b, *tableau.error)
+    ends = range(stages, len(rows))
+    last = {stages - 1}  # must be finite, whether or not the error looks at it
+    back = _Sweep.of(rows, set(), last | _used(rows, ends))
+    slopes = _slopes_read(rows, stages, ends, [*ends, *back.p_m], last)
+    return Launch("adjoint finish", 4 + slopes + len(back.p_x) + sees_momentum * len(back.p_m), 4)
+
+
+def momentum_reverse_stage(
+    tableau: Tableau, stages: int, following: int, new: int, sees_momentum: bool = False, seeds: bool = False
+) -> Launch:
+    """The launch that forms the cotangents of the `new` stages before stage `following` of `stages`, with the v of
+    that one and of those after it; see `ops.momentum_reverse_stage`."""
+    through, computed = stages - following, new == 2 and following == stages
+    back = _Sweep.of(_transposed(tableau, stages), set(range(through, through + new)))
+    momenta = [stages - 1 - p for p in back.p_m]
+    positions = [stages - 2] if computed else []
+    slopes = _slopes_read(tableau.all_a, stages - 1 - computed, positions, [*momenta, *positions])
+    read = new + slopes + bool(momenta) + computed + len(back.p_x) + sees_momentum * len(back.p_m)
+    read += _ends_read(tableau, stages, back, seeds)
+    return Launch(f"reverse stages {following - new}-{following - 1}", read, new + computed)
+
+
+def momentum_reverse_finish(
+    tableau: Tableau, stages: int, sees_momentum: bool = False, seeds: bool = False, quadratures: bool = False
+) -> Launch:
+    """The launch that ends the sweep over a step; the quadratures' second half reads no rows."""
+    places = range(stages)
+    slopes = _slopes_read(tableau.all_a, stages - 1, places if quadratures else [], places)
+    through = (1 + sees_momentum) * stages
+    seeded = 2 * stages if seeds else 0
+    return Launch("reverse finish", 1 + quadratures + 2 + slopes + through + seeded, 2)
+
+
+def _used(rows: Sequence[Sequence[float]], which: Iterable[int]) -> set[int]:
+    """The columns of these rows that hold anything but zeros."""
+    return {j for row in which for j, weight in enumerate(rows[row]) if weight != 0}
+
+
+def _slopes_read(
+    rows: Sequence[Sequence[float]],
+    known: int,
+    positions: Iterable[int],
+    momenta: Iterable[int],
+    themselves: Iterable[int] = (),
+) -> int:
     """How many of the `known` dm_j a kernel reads that forms these combinations of the dx_j = σ_x(m_j) and of the dm_j
-    (indices of rows)."""
-    formed = {j for row in positions for j, weight in enumerate(rows[row]) if weight != 0}
-    needed = {j for row in {*formed, *momenta} for j, weight in enumerate(rows[row]) if weight != 0}
+    (indices of rows), and looks at some of the dm_j themselves."""
+    needed = _used(rows, {*_used(rows, positions), *momenta}) | set(themselves)
     return len({j for j in needed if j < known})
+
+
+def _transposed(tableau: Tableau, stages: int) -> list[list[float]]:
+    """What leads to each of so many stages on the way back, the last one first."""
+    a, last = tableau.all_a, stages - 1
+    return [[a[last - r][last - p] for r in range(p)] for p in range(stages)]
+
+
+def _ends_read(tableau: Tableau, stages: int, back: _Sweep, seeds: bool) -> int:
+    """Rows of the cotangent of a step's end, and of the seeds, that a launch of the reverse sweep reads."""
+    read = 0
+    for places in (back.y_x, back.y_m):
+        read += any(stages - 1 - p < tableau.stages and tableau.b[stages - 1 - p] != 0 for p in places)
+        read += seeds * len(places)
+    return read
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """The places at which a kernel forms what `momentum_adjoint_stage.reference.all_cotangents` computes."""
+
+    y_x: set[int]
+    y_m: set[int]
+    p_x: set[int]
+    p_m: set[int]
+
+    @classmethod
+    def of(cls, weights: Sequence[Sequence[float]], y_m: set[int], p: Iterable[int] = ()) -> _Sweep:
+        """Those that it needs for these Y_m and for both parts of these P."""
+        found = cls(set(), set(y_m), set(p), set(p))
+        for place in reversed(range(len(weights))):
+            if place in found.p_m:
+                found.y_x.add(place)
+            if place in found.p_m | found.p_x:
+                found.y_m.add(place)
+            if place in found.y_x:
+                found.p_x.update(_used(weights, [place]))
+            if place in found.y_m:
+                found.p_m.update(_used(weights, [place]))
+        return found
 
 
 def momentum_step(tableau: Tableau, pairs: bool = True) -> list[Launch]:
@@ -79,6 +178,50 @@ def momentum_floor(tableau: Tableau, pairs: bool = True) -> int:
     return sum(launch.rows for launch in launches) - slopes_between
 
 
+def momentum_adjoint_step(tableau: Tableau, pairs: bool = True) -> list[Launch]:
+    """All launches of one step of an FSAL method on a momentum system with its adjoint, from a known dm_0 and v_0; two
+    stages a launch unless the field sees m."""
+    most, known = 2 if pairs else 1, 1
+    new = min(most, tableau.stages - known)
+    launches = [momentum_stage(tableau, known, 0, new, not pairs)]
+    while known < tableau.stages:
+        ahead = min(most, tableau.stages - known - new)
+        launches.append(momentum_adjoint_stage(tableau, known, new, ahead, not pairs))
+        known, new = known + new, ahead
+    return [*launches, momentum_adjoint_finish(tableau, not pairs), Launch("norm", 0, 0)]
+
+
+def momentum_adjoint_floor(tableau: Tableau, pairs: bool = True) -> int:
+    """As `momentum_floor`: of the slopes only the last one is written, which the next step starts from."""
+    return sum(launch.rows for launch in momentum_adjoint_step(tableau, pairs)) - (tableau.stages - 2)
+
+
+def momentum_reverse_step(tableau: Tableau, pairs: bool = True) -> list[Launch]:
+    """All launches of the reverse sweep over one step of a momentum system: forward again from (x, m), and back; two
+    stages a launch unless the field sees m. A last stage without weight is left out."""
+    most, stages = 2 if pairs else 1, reverse_stages(tableau)
+    launches, known, new = [], 0, 0
+    while known + new < stages:
+        ahead = min(most, stages - known - new)
+        launches.append(momentum_stage(tableau, known, new, ahead, not pairs))
+        known, new = known + new, ahead
+    while new:
+        launches.append(momentum_reverse_stage(tableau, stages, known + new, new, not pairs))
+        new = min(most, known)
+        known -= new
+    return [*launches, momentum_reverse_finish(tableau, stages, not pairs)]
+
+
+def reverse_stages(tableau: Tableau) -> int:
+    """How many stages a reverse sweep goes through where there is no dense output."""
+    return tableau.stages - (tableau.b[-1] == 0)
+
+
+def momentum_reverse_floor(tableau: Tableau, pairs: bool = True) -> int:
+    """As `momentum_floor`: no slope is written."""
+    return sum(launch.rows for launch in momentum_reverse_step(tableau, pairs)) - (reverse_stages(tableau) - 1)
+
+
 def first_order_step(tableau: Tableau) -> list[Launch]:
     """All launches of one step of an FSAL method on y' = f. They are at the floor: slopes are the field's outputs."""
     stages = [
@@ -94,6 +237,52 @@ def first_order_finish(tableau: Tableau) -> Launch:
     return Launch("first-order finish", 2 + sum(map(any, columns[:-1])), 0 if tableau.fsal else 1)
 
 
+def first_order_adjoint_step(tableau: Tableau) -> list[Launch]:
+    """All launches of one step of y' = f together with its adjoint, rows of y's size. At the floor: both halves are."""
+    *stages, finish, norm = first_order_step(tableau)
+    return [*(_twice(launch) for launch in stages), _twice(finish), norm]
+
+
+def _twice(launch: Launch) -> Launch:
+    """Of state and adjoint."""
+    return Launch(f"{launch.kernel}, adjoint", 2 * launch.read, 2 * launch.written)
+
+
+def first_order_reverse_stage(tableau: Tableau, stage: int, stages: int, seed: bool = False) -> Launch:
+    """The launch that leads to one slope's cotangent, in a step of so many stages."""
+    end = stage < tableau.stages and tableau.b[stage] != 0
+    later = sum(row[stage] != 0 for row in tableau.all_a[stage + 1 : stages])
+    return Launch(f"first-order reverse {stage}", end + later + seed, 1)
+
+
+def first_order_reverse_finish(stages: int) -> Launch:
+    """The launch that adds what came back through so many stages."""
+    return Launch("first-order reverse end", 1 + stages, 1)
+
+
+def first_order_reverse_step(tableau: Tableau, stages: int) -> list[Launch]:
+    """All launches that transpose one step of y' = f of so many stages: their states formed again, then backwards.
+    They are at the floor: slopes and what came back are the field's outputs, and what else is written is its arguments
+    and the result."""
+    again = [
+        Launch(f"first-order stage {i}", 1 + sum(w != 0 for w in tableau.all_a[i + 1]), 1) for i in range(stages - 1)
+    ]
+    back = [first_order_reverse_stage(tableau, i, stages) for i in reversed(range(stages))]
+    return [*again, *back, first_order_reverse_finish(stages)]
+
+
+def first_order_dense_output(tableau: Tableau, times: int) -> Launch:
+    """The launch that gives the states at so many times inside a step; at the floor."""
+    return Launch("first-order dense output", 1 + sum(map(any, tableau.interpolant)), times)
+
+
+def momentum_dense_output(tableau: Tableau, times: int) -> Launch:
+    """The same for a momentum system; at the floor too."""
+    stages = [i for i, row in enumerate(tableau.interpolant) if any(row)]
+    slopes = {*stages, *(j for i in stages for j, weight in enumerate(tableau.all_a[i]) if weight != 0)}
+    return Launch("momentum dense output", 2 + len(slopes), 2 * times)
+
+
 def step_bytes(launches: Sequence[Launch], tableau: Tableau, n: int, itemsize: int) -> int:
     """Bytes of a step on rows of `n` values of `itemsize` bytes."""
     programs = -(-n * itemsize // _BLOCK_BYTES)
@@ -105,13 +294,18 @@ def step_bytes(launches: Sequence[Launch], tableau: Tableau, n: int, itemsize: i
 def main() -> None:
     """Print the counts of one dopri5 step."""
     tableau, n, itemsize = tableaus.get("dopri5"), 2**24, 4
+    first_order = first_order_step(tableau), first_order_adjoint_step(tableau), first_order_reverse_step(tableau, 6)
     for launches, floor in (
         (momentum_step(tableau), momentum_floor(tableau)),
         (momentum_step(tableau, pairs=False), momentum_floor(tableau, pairs=False)),
-        (first_order_step(tableau), sum(launch.rows for launch in first_order_step(tableau))),
+        (momentum_adjoint_step(tableau), momentum_adjoint_floor(tableau)),
+        (momentum_adjoint_step(tableau, pairs=False), momentum_adjoint_floor(tableau, pairs=False)),
+        (momentum_reverse_step(tableau), momentum_reverse_floor(tableau)),
+        (momentum_reverse_step(tableau, pairs=False), momentum_reverse_floor(tableau, pairs=False)),
+        *((at_floor, sum(launch.rows for launch in at_floor)) for at_floor in first_order),
     ):
         for launch in launches:
-            print(f"{launch.kernel:22s} reads {launch.read:2d} rows, writes {launch.written}")
+            print(f"{launch.kernel:28s} reads {launch.read:2d} rows, writes {launch.written}")
         rows = sum(launch.rows for launch in launches)
         moved, least = step_bytes(launches, tableau, n, itemsize), floor * n * itemsize
         print(f"{len(launches)} launches, {rows} rows, the floor {floor}; at N = 2**24, float32: ", end="")

@@ -1,8 +1,8 @@
-"""The gates' Triton forms: each σ of `gates` once more, on a block in registers.
+"""The gates' Triton forms: each σ of `gates` and its pullback once more, on blocks in registers.
 
 A file of its own beside `gates.py`, because that one must import without triton. A form takes a block of float32 or
 float64 (half precision is widened right after the load) and its bound as a compile-time constant; `FORMS` knows it by
-the name that `gates.kernel_form` gives.
+the name that `gates.kernel_form` gives, and `PULLBACKS` the form that multiplies a cotangent by σ'(x).
 """
 
 from __future__ import annotations
@@ -33,3 +33,30 @@ def hardtanh(x, BOUND: tl.constexpr):
 
 
 FORMS: dict[str, Any] = {"identity": identity, "softclip": softclip, "hardtanh": hardtanh}
+
+
+@triton.jit
+def identity_pullback(grad, x, BOUND: tl.constexpr):
+    """σ' = 1."""
+    return grad
+
+
+@triton.jit
+def softclip_pullback(grad, x, BOUND: tl.constexpr):
+    """σ' = 1 - (σ / c)², from the value as in the torch form."""
+    y = softclip(x, BOUND) * (1.0 / BOUND)
+    return grad - grad * y * y
+
+
+@triton.jit
+def hardtanh_pullback(grad, x, BOUND: tl.constexpr):
+    """σ' = 1 inside of the bounds, 0 on them and outside; by a product there, as in the torch form, which lets NaN
+    through."""
+    return tl.where(tl.abs(x) < BOUND, grad, grad * 0.0)
+
+
+PULLBACKS: dict[str, Any] = {
+    "identity": identity_pullback,
+    "softclip": softclip_pullback,
+    "hardtanh": hardtanh_pullback,
+}

@@ -23,9 +23,17 @@ from triton.runtime.jit import JITFunction
 
 from nesterov_triton import gates, tableaus
 from nesterov_triton.gates_triton import FORMS
+from nesterov_triton.ops.first_order_dense_output import kernel as first_order_dense_output
 from nesterov_triton.ops.first_order_finish import kernel as first_order_finish
+from nesterov_triton.ops.first_order_reverse_finish import kernel as first_order_reverse_finish
+from nesterov_triton.ops.first_order_reverse_stage import kernel as first_order_reverse_stage
 from nesterov_triton.ops.first_order_stage import kernel as first_order_stage
+from nesterov_triton.ops.momentum_adjoint_finish import kernel as momentum_adjoint_finish
+from nesterov_triton.ops.momentum_adjoint_stage import kernel as momentum_adjoint_stage
+from nesterov_triton.ops.momentum_dense_output import kernel as momentum_dense_output
 from nesterov_triton.ops.momentum_finish import kernel as momentum_finish
+from nesterov_triton.ops.momentum_reverse_finish import kernel as momentum_reverse_finish
+from nesterov_triton.ops.momentum_reverse_stage import kernel as momentum_reverse_stage
 from nesterov_triton.ops.momentum_stage import kernel as momentum_stage
 
 N = 1 << 16
@@ -75,7 +83,7 @@ def main(capabilities: list[int]) -> None:
     JITFunction.run = compile_only
     for capability in capabilities:
         triton.runtime.driver.set_active(Driver(capability))
-        for label, call in cases():
+        for label, call in (*cases(), *first_order_cases(), *dense_output_cases()):
             compiled.clear()
             call()
             for name, kernel in compiled:
@@ -122,6 +130,94 @@ def cases():  # type: ignore[no-untyped-def]
         yield f"first order finish dopri5 {name}", first_order_finish_call(dopri5, dtype)
     yield "first order finish dopri8 float32", first_order_finish_call(dopri8, float32)
     yield "first order finish rk4 float32", first_order_finish_call(tableaus.get("rk4"), float32)
+    yield from adjoint_cases()
+
+
+def adjoint_cases():  # type: ignore[no-untyped-def]
+    """(label, a call of a launcher) of the continuous adjoint and of the reverse sweep."""
+    float32, dopri5, dopri8 = torch.float32, tableaus.get("dopri5"), tableaus.get("dopri8")
+    for known, new, ahead in ((1, 2, 2), (3, 2, 2), (5, 2, 0), (1, 1, 1)):
+        yield f"adjoint stage {known}+{new}+{ahead} dopri5 float32", adjoint_stage_call(dopri5, known, new, ahead)
+    yield "adjoint stage 5+1+1 dopri5 float32 m", adjoint_stage_call(dopri5, 5, 1, 1, sees_momentum=True)
+    yield "adjoint stage 9+2+2 dopri8 float32", adjoint_stage_call(dopri8, 9, 2, 2)
+    yield "adjoint finish dopri5 float32", adjoint_finish_call(dopri5)
+    yield "adjoint finish dopri5 float32 sums", adjoint_finish_call(dopri5, quadratures=True)
+    yield "adjoint finish dopri8 float32 sums", adjoint_finish_call(dopri8, quadratures=True)
+    yield "adjoint finish rk4 float32", adjoint_finish_call(tableaus.get("rk4"))
+    for following, new in ((6, 2), (4, 2), (2, 2), (6, 1), (1, 1)):
+        yield f"reverse stage {following}-{new}/6 dopri5 float32", reverse_stage_call(dopri5, 6, following, new)
+    yield "reverse stage 2-2/7 dopri5 float32 seeds", reverse_stage_call(dopri5, 7, 2, 2, seeded=True)
+    yield "reverse stage 1-1/6 dopri5 float32 m", reverse_stage_call(dopri5, 6, 1, 1, sees_momentum=True)
+    yield "reverse finish 6 dopri5 float32", reverse_finish_call(dopri5, 6)
+    yield "reverse finish 6 dopri5 float32 sums", reverse_finish_call(dopri5, 6, quadratures=True)
+    yield "reverse finish 7 dopri5 float32 m seeds sums", reverse_finish_call(dopri5, 7, float32, True, True, True)
+    for dtype in (torch.float64, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield f"adjoint stage 3+2+2 dopri5 {name}", adjoint_stage_call(dopri5, 3, 2, 2, dtype)
+        yield f"reverse stage 6-2/6 dopri5 {name}", reverse_stage_call(dopri5, 6, 6, 2, dtype)
+        yield f"reverse finish 6 dopri5 {name} sums", reverse_finish_call(dopri5, 6, dtype, quadratures=True)
+    yield (
+        "adjoint finish dopri5 float64 hardtanh sums",
+        adjoint_finish_call(dopri5, torch.float64, HARDTANH, quadratures=True),
+    )
+
+
+def first_order_cases():  # type: ignore[no-untyped-def]
+    """As `cases`: the adjoint of a first-order system, and the transposed step."""
+    float32, dopri5, dopri8 = torch.float32, tableaus.get("dopri5"), tableaus.get("dopri8")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield f"first order stage 5 dopri5 {name} adjoint", first_order_stage_call(dopri5, 5, dtype, adjoint=True)
+        yield f"first order finish dopri5 {name} adjoint", first_order_finish_call(dopri5, dtype, adjoint=True)
+        yield f"first order reverse stage 0 of 6 dopri5 {name}", first_order_reverse_stage_call(dopri5, 0, 6, dtype)
+        yield f"first order reverse finish 6 {name}", first_order_reverse_finish_call(6, dtype)
+    for method in ("dopri8", "rk4"):
+        finish = first_order_finish_call(tableaus.get(method), float32, adjoint=True)
+        yield f"first order finish {method} float32 adjoint", finish
+    yield "first order stage 11 dopri8 float32 adjoint", first_order_stage_call(dopri8, 11, float32, adjoint=True)
+    yield (
+        "first order reverse stage 1 of 7 dopri5 float32 seed",
+        first_order_reverse_stage_call(dopri5, 1, 7, float32, seed=True),
+    )
+    yield (
+        "first order reverse stage 0 of 16 dopri8 float32 seed",
+        first_order_reverse_stage_call(dopri8, 0, 16, float32, seed=True),
+    )
+    yield "first order reverse finish 16 float32", first_order_reverse_finish_call(16, float32)
+
+
+def first_order_reverse_stage_call(tableau, stage, stages, dtype, seed=False):  # type: ignore[no-untyped-def]
+    cotangent, *through = rows(stages - stage, dtype)
+    (extra,) = rows(1, dtype) if seed else (None,)
+    return lambda: first_order_reverse_stage.launch(cotangent, through, *scalars(1), tableau, stages, extra)
+
+
+def first_order_reverse_finish_call(stages, dtype):  # type: ignore[no-untyped-def]
+    cotangent, *through = rows(1 + stages, dtype)
+    return lambda: first_order_reverse_finish.launch(cotangent, through)
+
+
+def dense_output_cases():  # type: ignore[no-untyped-def]
+    """As `cases`; the number of times is known to no kernel."""
+    for method, dtypes in (("dopri5", (torch.float32, torch.float64, torch.bfloat16)), ("dopri8", (torch.float32,))):
+        for dtype in dtypes:
+            name, tableau = str(dtype).removeprefix("torch."), tableaus.get(method)
+            yield f"first order dense output {method} {name}", first_order_dense_output_call(tableau, dtype)
+            yield f"momentum dense output {method} {name}", momentum_dense_output_call(tableau, dtype)
+    yield "momentum dense output dopri8 float64", momentum_dense_output_call(tableaus.get("dopri8"), torch.float64)
+    yield "momentum dense output dopri8 bfloat16", momentum_dense_output_call(tableaus.get("dopri8"), torch.bfloat16)
+
+
+def first_order_dense_output_call(tableau, dtype):  # type: ignore[no-untyped-def]
+    y, *slopes = rows(1 + len(tableau.interpolant), dtype)
+    weights = torch.empty((3, len(slopes)), dtype=torch.float64)
+    return lambda: first_order_dense_output.launch(y, slopes, weights, *scalars(1), tableau)
+
+
+def momentum_dense_output_call(tableau, dtype):  # type: ignore[no-untyped-def]
+    slopes, z = rows(len(tableau.interpolant), dtype), torch.empty(2 * N, dtype=dtype)
+    weights = torch.empty((3, len(slopes)), dtype=torch.float64)
+    return lambda: momentum_dense_output.launch(z, slopes, weights, *scalars(1), tableau, SOFTCLIP)
 
 
 def rows(count: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -164,14 +260,60 @@ def finish_call(tableau, dtype, gate=SOFTCLIP, new=2):  # type: ignore[no-untype
     )
 
 
-def first_order_stage_call(tableau, stage, dtype):  # type: ignore[no-untyped-def]
-    y, *slopes = rows(stage + 2, dtype)
-    return lambda: first_order_stage.launch(y, slopes, *scalars(1), tableau, stage)
+def pair(dtype):  # type: ignore[no-untyped-def]
+    return torch.empty(2 * N, dtype=dtype)
 
 
-def first_order_finish_call(tableau, dtype):  # type: ignore[no-untyped-def]
-    y, *slopes = rows(tableau.stages + 1, dtype)
-    return lambda: first_order_finish.launch(y, slopes, *scalars(3), tableau)
+def adjoint_stage_call(  # type: ignore[no-untyped-def]
+    tableau, known, new, ahead, dtype=torch.float32, sees_momentum=False
+):
+    return lambda: momentum_adjoint_stage.launch(
+        rows(new, dtype), pair(dtype), rows(known, dtype), pair(dtype), rows(known, dtype), coefficients(tableau),
+        *scalars(1), tableau, SOFTCLIP, SOFTCLIP, ahead, sees_momentum, rows(known * sees_momentum, dtype),
+    )  # fmt: skip
+
+
+def adjoint_finish_call(  # type: ignore[no-untyped-def]
+    tableau, dtype=torch.float32, gate=SOFTCLIP, quadratures=False, sees_momentum=False
+):
+    count = tableau.stages
+    return lambda: momentum_adjoint_finish.launch(
+        pair(dtype), rows(count, dtype), pair(dtype), rows(count, dtype), coefficients(tableau), *scalars(3),
+        tableau, gate, gate, quadratures, rows(count * sees_momentum, dtype),
+    )  # fmt: skip
+
+
+def reverse_stage_call(  # type: ignore[no-untyped-def]
+    tableau, count, following, new, dtype=torch.float32, seeded=False, sees_momentum=False
+):
+    """The launch of the `new` stages before stage `following` of `count`."""
+    through = count - following
+    slopes = count - (2 if new == 2 and not through else 1)
+    return lambda: momentum_reverse_stage.launch(
+        rows(new, dtype), pair(dtype), rows(slopes, dtype), pair(dtype), rows(through, dtype), coefficients(tableau),
+        *scalars(1), tableau, count, SOFTCLIP, SOFTCLIP, [pair(dtype) for _ in range(count * seeded)],
+        rows(through * sees_momentum, dtype),
+    )  # fmt: skip
+
+
+def reverse_finish_call(  # type: ignore[no-untyped-def]
+    tableau, count, dtype=torch.float32, quadratures=False, seeded=False, sees_momentum=False
+):
+    return lambda: momentum_reverse_finish.launch(
+        pair(dtype), rows(count - 1, dtype), pair(dtype), rows(count, dtype), coefficients(tableau), *scalars(1),
+        tableau, count, SOFTCLIP, SOFTCLIP, quadratures, [pair(dtype) for _ in range(count * seeded)],
+        rows(count * sees_momentum, dtype),
+    )  # fmt: skip
+
+
+def first_order_stage_call(tableau, stage, dtype, adjoint=False):  # type: ignore[no-untyped-def]
+    slopes, y = rows(stage + 1, dtype), torch.empty((1 + adjoint) * N, dtype=dtype)
+    return lambda: first_order_stage.launch(y, slopes, *scalars(1), tableau, stage, slopes if adjoint else ())
+
+
+def first_order_finish_call(tableau, dtype, adjoint=False):  # type: ignore[no-untyped-def]
+    slopes, y = rows(tableau.stages, dtype), torch.empty((1 + adjoint) * N, dtype=dtype)
+    return lambda: first_order_finish.launch(y, slopes, *scalars(3), tableau, slopes if adjoint else ())
 
 
 if __name__ == "__main__":

@@ -3,17 +3,23 @@
 import os
 import sys
 
-import hypothesis
 import pytest
 import torch
+
+try:
+    import hypothesis
+except ImportError:  # the kernels' tests, which run on a GPU machine too, do without
+    hypothesis = None
 
 # Before anything imports triton, which reads it once. A process is interpreter or compiler, never both.
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=20, database=None)
-hypothesis.settings.load_profile("repeatable")
+if hypothesis is not None:
+    settings = {"deadline": None, "derandomize": True, "max_examples": 20, "database": None}
+    hypothesis.settings.register_profile("repeatable", **settings)
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +28,16 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def poisoned(monkeypatch) -> None:
-    """For tests that run kernels: memory that nobody wrote is NaN. Skips where triton is missing, or would compile for
-    a device that is not there."""
+def runs_kernels() -> None:
+    """Skips where triton is missing, or would compile for a device that is not there."""
     pytest.importorskip("triton")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("triton was imported before TRITON_INTERPRET was set")
+
+
+@pytest.fixture
+def poisoned(runs_kernels, monkeypatch) -> None:
+    """For tests that run kernels: memory that nobody wrote is NaN."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(x):

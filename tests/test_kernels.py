@@ -344,9 +344,9 @@ def operator_cases():
     yield momentum_stage._operator, ([], z, slopes[:1], c, dt, "dopri5", *form, 1, True)
     yield momentum_finish._operator, (u, z, slopes, c, dt, dt, dt, "dopri5", *form, 1)
     yield momentum_finish._operator, (u[:1], z, slopes[:3], c[:4], dt, dt, dt, "rk4", *form, 0)
-    yield first_order_stage._operator, (u[0], slopes[:3], dt, "dopri5", 2)
-    yield first_order_finish._operator, (u[0], [*slopes, *u], dt, dt, dt, "dopri5")
-    yield first_order_finish._operator, (u[0], slopes[:4], dt, dt, dt, "rk4")
+    yield first_order_stage._operator, (u[0], slopes[:3], dt, "dopri5", 2, [])
+    yield first_order_finish._operator, (u[0], [*slopes, *u], dt, dt, dt, "dopri5", [])
+    yield first_order_finish._operator, (u[0], slopes[:4], dt, dt, dt, "rk4", [])
 
 
 @pytest.mark.parametrize("k", range(7))

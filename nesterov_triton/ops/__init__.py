@@ -1,8 +1,16 @@
 """The solver's elementwise arithmetic, one idea a folder, each with its torch reference.
 
-`momentum` and `runge_kutta` are what a step on a CPU is made of. The four `*_stage` and `*_finish` are whole gaps
-between two evaluations of the field, each an operator with a Triton kernel for CUDA devices; `reference.py` is what it
-computes, `kernel.py` the kernel, `__init__.py` the public function and its registration.
+`momentum` and `runge_kutta` are what a step in plain torch is made of, and hold the arithmetic on blocks that kernels
+share. Every other folder is one operator: a whole gap between two evaluations of the field, with a Triton kernel for
+CUDA devices. `reference.py` is what it computes, `kernel.py` the kernel, `__init__.py` the public function and its
+registration; `dispatch` chooses.
+
+| operators | what they lead to |
+|---|---|
+| `*_stage`, `*_finish` | the field's next arguments; the step's end, its error and its norm |
+| `*_dense_output` | the states at requested times inside the step |
+| `momentum_adjoint_*`, `first_order_*` with `through` | the same for state and adjoint, and the field's cotangents |
+| `*_reverse_stage`, `*_reverse_finish` | the field's cotangents in a transposed step; the cotangent of its start |
 
 Every function takes tensors and returns tensors and knows nothing of loops or of autograd strategy. With `out` the
 result is written there and nothing is allocated; without, the same operations in the same order run out of place and

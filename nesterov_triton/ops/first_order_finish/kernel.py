@@ -2,7 +2,7 @@
 
 The end of an FSAL method is the argument of its last stage, which the field has seen: it is neither read nor written
 but computed again in registers, for its size. Every slope with a coefficient in b or in an error row is read once, and
-so is the last one, which must be finite.
+so is the last one, which must be finite. The same for the adjoint, where it is there: one launch, one norm over both.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ from nesterov_triton.tableaus import Tableau
 
 @triton.jit
 def finish_kernel(
-    y_ptr, slopes, dt_ptr, rtol_ptr, atol_ptr, new_ptr, partials_ptr, n,
+    y_ptr, slopes, through, dt_ptr, rtol_ptr, atol_ptr, new_ptr, partials_ptr, n,
     A: tl.constexpr, E: tl.constexpr, S: tl.constexpr, USED: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of the end of a step of S stages.
 
     Args:
-        y_ptr: y_n, [D].
+        y_ptr: y_n, [D], or (y_n, a_n), [2 D].
         slopes: k_0 … k_{S-1}, [D] each.
-        new_ptr: where the state at the end goes, [D]; None where the caller has it.
+        through: v_0 … v_{S-1}, [D] each; none for y alone.
+        new_ptr: where the state at the end goes, of the size of y_ptr; None where the caller has it.
         partials_ptr: where this block's sums of squares go, [max(len(E), 1), programs] float64.
+        n: D.
         E: the error rows.
         USED: which slopes b or an error row has a coefficient for, and the last.
     """
@@ -60,28 +62,49 @@ def finish_kernel(
 
     # dopri8's error does not look at the last slope, from which the next step starts.
     fit = unless_finite(rows[S - 1])
+    if len(through) > 0:
+        a = tl.load(y_ptr + n + offsets, mask=mask).to(WIDE)
+        rows_a = load_rows(through, offsets, mask, WIDE, USED)
+        new_a = stored(combine(a, -dt, rows_a, A, S), y_ptr.dtype.element_ty)
+        if new_ptr is not None:
+            tl.store(new_ptr + n + offsets, new_a, mask=mask)
+        fit += unless_finite(rows_a[S - 1])
+
     if len(E) == 0:
+        if len(through) > 0:
+            fit += unless_finite(new_a)
         store_squares(partials_ptr + program, unless_finite(new), fit, mask)
     else:
         rtol = tl.load(rtol_ptr).to(WIDE)
         atol = tl.load(atol_ptr).to(WIDE)
         for row in tl.static_range(len(E)):
             error = scaled(dt * weighted(y, rows, E, row), y, new, rtol, atol)
-            store_squares(partials_ptr + row * tl.num_programs(0) + program, error, fit, mask)
+            second = fit
+            if len(through) > 0:
+                second += scaled(dt * weighted(a, rows_a, E, row), a, new_a, rtol, atol)
+            store_squares(partials_ptr + row * tl.num_programs(0) + program, error, second, mask)
 
 
-def launch(y: Tensor, slopes: Sequence[Tensor], dt: Tensor, rtol: Tensor, atol: Tensor, tableau: Tableau) -> Finish:
+def launch(
+    y: Tensor,
+    slopes: Sequence[Tensor],
+    dt: Tensor,
+    rtol: Tensor,
+    atol: Tensor,
+    tableau: Tableau,
+    through: Sequence[Tensor] = (),
+) -> Finish:
     """As `first_order_finish`, by the kernel, on whatever device triton runs (a CPU under its interpreter)."""
-    n = y.numel()
-    new = None if tableau.fsal else torch.empty(n, dtype=y.dtype, device=y.device)
+    n = slopes[0].numel()
+    new = None if tableau.fsal else torch.empty(y.numel(), dtype=y.dtype, device=y.device)
     if not n:
         return Finish(new, torch.zeros((), dtype=torch.float64, device=y.device))
     programs, block, options = launch_shape(n, y.dtype)
     errors = len(tableau.error)
     partials = torch.empty((max(errors, 1), programs), dtype=torch.float64, device=y.device)
     start(
-        finish_kernel, programs, y, tuple(slopes), dt, rtol, atol, new, partials, n,
+        finish_kernel, programs, y, tuple(slopes), tuple(through), dt, rtol, atol, new, partials, n,
         tableau.step_rows, tableau.error, tableau.stages, (*used(tableau.b, *tableau.error)[:-1], True),
         tl.float64 if y.dtype == torch.float64 else tl.float32, block, **options,
     )  # fmt: skip
-    return Finish(new, launch_norm(partials, n, errors))
+    return Finish(new, launch_norm(partials, y.numel(), errors))

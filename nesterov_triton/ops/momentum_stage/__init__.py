@@ -55,7 +55,7 @@ def momentum_stage(
         dt: the step size, one element, float32 or float64.
         tableau: the method; its extra stages for dense output follow upon the others.
         gate_x, gate_f: σ_x and σ_f.
-        ahead: how many stages' features are wanted, 1 or 2.
+        ahead: how many stages' features are wanted: 1 or 2, or 0 where only the slopes are.
         momentum: whether the next stage's m is wanted too.
 
     Raises:
@@ -63,7 +63,7 @@ def momentum_stage(
     """
     n = z.numel() // 2
     following = len(slopes) + len(outputs)
-    if ahead not in (1, 2) or following > len(tableau.all_a) - ahead:
+    if ahead not in (0, 1, 2) or ahead < momentum or following > len(tableau.all_a) - ahead:
         raise ValueError(
             f"{ahead} stages after the first {following} of {tableau.name}, which has {len(tableau.all_a)}"
         )

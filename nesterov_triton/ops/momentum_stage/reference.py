@@ -31,8 +31,9 @@ def all_slopes(
     gate_f: Gate,
     rows: Sequence[Sequence[float]],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(dx_j, dm_j) of all stages up to the last output, [N] each, in the dtype that is computed in; dx has one more.
-    `rows` leads to each stage and to what follows the last; the other arguments as `momentum_stage`."""
+    """(dx_j, dm_j) of all stages up to the last output, [N] each, in the dtype that is computed in; dx has one more,
+    unless no row leads further. `rows` leads to each stage and to what follows the last; the other arguments as
+    `momentum_stage`."""
     dtype = wide(z.dtype)
     x, m = z.view(2, -1).to(dtype)
     dt, coefficients = dt.to(dtype), coefficients.to(dtype)
@@ -45,8 +46,9 @@ def all_slopes(
         x_i = x + dt * weighted(dx, rows[i], x)
         slope = drive * gate_f(u.reshape(-1).to(dtype)) + q * x_i + minus_gamma * momenta[-1]
         dm.append(slope.to(z.dtype).to(dtype))  # as later stages will read it
-        momenta.append(m + dt * weighted(dm, rows[i + 1], m))
-        dx.append(gate_x(momenta[-1]))
+        if i + 1 < len(rows):
+            momenta.append(m + dt * weighted(dm, rows[i + 1], m))
+            dx.append(gate_x(momenta[-1]))
     return dx, dm
 
 

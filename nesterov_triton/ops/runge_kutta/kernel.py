@@ -18,17 +18,21 @@ from torch import Tensor
 # the up to thirty rows of a dopri8 finish would take 8 registers each, and 240 leave no room for a second program.
 _ELEMENTS = {torch.float64: 2, torch.float32: 4, torch.float16: 4, torch.bfloat16: 4}
 _WARPS = 8
+# More rows than these, held at once, get half of it: at 4 registers each they would leave too few of 128, more than
+# which no two programs fit.
+_HELD = 24
 # One program adds the partial sums of all blocks, so many at a time.
 _CHUNK = 2048
 
 
-def launch_shape(n: int, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
-    """How a kernel over rows of `n` elements is launched: programs, elements a program, options.
+def launch_shape(n: int, dtype: torch.dtype, held: int = 0) -> tuple[int, int, dict[str, int]]:
+    """How a kernel over rows of `n` elements is launched: programs, elements a program, options; `held` is the number
+    of rows that it keeps from beginning to end, where it does.
 
     One choice by size and type, nothing tuned: these kernels do nothing but stream rows, and what such a kernel needs
     is wide loads, several of them in flight (one for each row it reads) and registers to spare for occupancy.
     """
-    block = _ELEMENTS[dtype] * 32 * _WARPS
+    block = _ELEMENTS[dtype] // (2 if held > _HELD else 1) * 32 * _WARPS
     return triton.cdiv(n, block), block, {"num_warps": _WARPS}
 
 
