@@ -8,7 +8,7 @@
 `solve` does the same for a system, or for any f(t, y), without a layer.
 """
 
-from nesterov_triton import gates, gradients, systems, tableaus
+from nesterov_triton import gates, gradients, kernels, systems, tableaus
 from nesterov_triton.nn import ANODE, GHBNODE, HBNODE, NODE, SONODE, GNesterovNODE, NesterovNODE
 from nesterov_triton.solve import Solution, solve
 from nesterov_triton.status import SolveError, Stats, Status
@@ -31,6 +31,7 @@ __all__ = [
     "controllers",
     "gates",
     "gradients",
+    "kernels",
     "solve",
     "systems",
     "tableaus",

@@ -39,6 +39,14 @@ class StageTimes:
     linear: Sequence[Tensor | None]  # (q, -γ), [2]
 
 
+class Packet(NamedTuple):
+    """What the kernels need of one step of s stages, on the device."""
+
+    t: Sequence[Tensor]  # the stage times, 0-d in the state's dtype
+    coefficients: Tensor  # rows (κ, s, q, -γ), [s, 4] float64; [s, 0] for a first-order system
+    dt: Tensor  # the step size, [1] float64
+
+
 @dataclass
 class Linearisation:
     """One evaluation of the right-hand side with the network's graph kept, ready for `Flow.pullback`."""
@@ -102,7 +110,11 @@ class Flow:
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
         numbers = times.detach().tolist() if isinstance(times, Tensor) else times
-        packet = torch.tensor([self._numbers_at(t) for t in numbers], dtype=torch.float64, device="cpu")
+        if self.rows == 1:
+            rows = [[t] for t in numbers]
+        else:
+            rows = [[x for x in (t, *self._numbers_at(t)) if x is not None] for t in numbers]
+        packet = torch.tensor(rows, dtype=torch.float64, device="cpu")
         if torch.is_grad_enabled():
             # The same numbers to the bit, plus a zero that carries the graph.
             graph = times if isinstance(times, Tensor) else packet[:, 0]
@@ -111,19 +123,36 @@ class Flow:
             packet = packet + (columns - columns.detach())
         return self._cut(packet)
 
-    def _numbers_at(self, t: float) -> list[float]:
-        """One row of the packet. Plain numbers: seven scalars cost less than one operator on a tensor of seven."""
-        system = self.system
-        if not isinstance(system, Momentum):
-            return [t]
+    def packet(self, times: Sequence[float], dt: float) -> Packet:
+        """The same for the kernels, at `times` and for the step size `dt`; one transfer, and no launch."""
+        system, rows = self.system, list[float]()
+        if isinstance(system, Momentum):
+            for c in map(self._numbers_at, times):
+                scale, drive = 1.0 if c.scale is None else c.scale, system.sign if c.drive is None else c.drive
+                rows += (scale, drive, c.q or 0.0, c.minus_gamma or 0.0)
+        n, width = len(times), 4 if rows else 0
+        wide = torch.tensor([*rows, dt, *times], dtype=torch.float64, device="cpu")
+        if self.dtype == torch.float64:
+            wide = wide.to(self.device)
+            narrow = wide[-n:]
+        else:  # as bytes, so that both types travel together
+            end = wide.numel() * 8
+            packed = torch.cat((wide.view(torch.uint8), wide[-n:].to(self.dtype).view(torch.uint8))).to(self.device)
+            wide, narrow = packed[:end].view(torch.float64), packed[end:].view(self.dtype)
+        k = n * width
+        return Packet(narrow.unbind(0), wide[:k].view(n, width), wide[k : k + 1])
+
+    def _numbers_at(self, t: float) -> Coefficients[float]:
+        """The coefficients of a momentum system. Plain numbers: seven scalars cost less than one operator on a tensor
+        of seven."""
+        system: Momentum = self.system  # type: ignore[assignment]
         if self._values is None:
             damping, xi = self.scalars.get("damping"), self.scalars.get("xi")
             self._values = (
                 system.fixed_damping if damping is None else float(damping.detach()),
                 system.fixed_xi if xi is None else float(xi.detach()),
             )
-        c = system.coefficients(t, *self._values)
-        return [float(x) for x in (t, c.scale, c.drive, c.q, c.minus_gamma) if x is not None]
+        return system.coefficients(t, *self._values)
 
     def _cut(self, packet: Tensor) -> StageTimes:
         """Cut [s, columns] into stages; one packet, hence one cast and one transfer."""

@@ -19,14 +19,16 @@ from torch.autograd.function import once_differentiable
 
 from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
+from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
 from nesterov_triton.gradients.leaves import check_leaves, check_parameters, without_hooks
 from nesterov_triton.gradients.problem import Problem, forward
-from nesterov_triton.gradients.totals import Totals, accumulate, zeros_for
+from nesterov_triton.gradients.quadratures import ParameterQuadratures
+from nesterov_triton.gradients.totals import Totals
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, error_norm
 from nesterov_triton.stepping.loop import AcceptedStep, Progress, integrate
-from nesterov_triton.stepping.stepper import Tolerance, stage_times
+from nesterov_triton.stepping.stepper import Stepper, Tolerance, stage_times
 from nesterov_triton.tableaus import Tableau
 
 
@@ -124,11 +126,18 @@ def _solve_back(
     times = problem.times.tolist()
     totals = Totals(flow)
     with_quadratures = strategy.quadratures_in_norm and problem.tolerance is not None
-    dynamics = _AdjointDynamics(flow, problem.tableau, totals, states[0], with_quadratures)
     adjoint = torch.zeros_like(states[0])
-    like = torch.cat((states[0], adjoint))
-    kind = _WithQuadratures if with_quadratures else ExplicitRK
-    stepper = kind(problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
+    path = problem.backward_path("the parameters' quadratures are to be in the norm" if with_quadratures else None)
+    stepper: Stepper
+    quadratures: FusedAdjoint | _AdjointDynamics
+    if path.kernels:
+        fused = FusedFirstOrderAdjoint if flow.rows == 1 else FusedMomentumAdjoint
+        stepper = quadratures = fused(problem.tableau, flow, problem.tolerance, totals)
+    else:
+        dynamics = quadratures = _AdjointDynamics(flow, problem.tableau, totals, states[0], with_quadratures)
+        kind = _WithQuadratures if with_quadratures else ExplicitRK
+        like = torch.cat((states[0], adjoint))
+        stepper = kind(problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
     of_times = torch.zeros(len(times), dtype=torch.float64, device="cpu") if wants_times else None
     progress = Progress()
     for k in range(len(times) - 1, 0, -1):
@@ -140,10 +149,13 @@ def _solve_back(
         stepper.restart()
         joint = torch.cat((states[k], adjoint))
         try:
-            (end,) = integrate(stepper, joint, (times[k], times[k - 1]), problem.options, progress, dynamics.on_accept)
+            (end,) = integrate(
+                stepper, joint, (times[k], times[k - 1]), problem.options, progress, quadratures.on_accept
+            )
         except SolveError as e:
             raise SolveError(e.status, e.t, e.dt, e.steps, where="the adjoint's backward solve") from None
         adjoint = end[states[0].numel() :]
+    quadratures.finish()
     if of_times is not None:
         of_times[0] -= float(torch.sum(adjoint * _slope(flow, times[0], states[0])))
     return adjoint, of_times, totals
@@ -154,18 +166,11 @@ def _slope(flow: Flow, t: float, z: Tensor) -> Tensor:
 
 
 class _AdjointDynamics:
-    """The right-hand side of (z, a), [2 D], and the quadratures of its accepted steps.
-
-    Of the parameters' cotangents g_i, each as large as the network, only sums are kept: Σ_{i>0} w_i g_i for the
-    method's weights (and for its error rows, if they are wanted), the first stage's, and an FSAL stage's, which is the
-    next step's first.
-    """
+    """The right-hand side of (z, a), [2 D], in plain torch, and the quadratures of its accepted steps."""
 
     def __init__(self, flow: Flow, tableau: Tableau, totals: Totals, like: Tensor, with_errors: bool) -> None:
         self.flow, self.tableau, self.totals = flow, tableau, totals
-        self.weights = (tableau.b, *tableau.error) if with_errors else (tableau.b,)
-        self.sums = [zeros_for(flow.params) for _ in self.weights]
-        self.first, self._next = zeros_for(flow.params), zeros_for(flow.params) if tableau.fsal else []
+        self.quadratures = ParameterQuadratures(tableau, totals, with_errors)
         self._kept: list[Cotangents] = [Cotangents(())] * tableau.stages  # without the parameters'
         self._values = Row.of(like.clone(), flow.rows)
 
@@ -174,9 +179,7 @@ class _AdjointDynamics:
         return self.flow.copies
 
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
-        for sums in self.sums:
-            if sums:
-                torch._foreach_zero_(sums)
+        self.quadratures.begin()
         return self.flow.at(times)
 
     def open(self, z: Tensor) -> OpenState:
@@ -185,22 +188,15 @@ class _AdjointDynamics:
 
     def derivative(self, at: StageTimes, i: int, z: OpenState, out: Row | None = None) -> Sequence[Tensor]:
         assert out is not None
-        flow, fsal = self.flow, self.tableau.fsal and i == self.tableau.stages - 1
+        flow = self.flow
         state, adjoint = z.flat.view(2, -1).unbind(0)
         slope, of_state = out.split()
         lin = flow.linearise(at, i, flow.open(state), slope, self._values)
         if i <= 1:  # once an attempt at least: a field may use a tensor at some times only
             check_leaves(flow, lin.network)
-        wanted = i == 0 or fsal or any(w[i] != 0 for w in self.weights)
-        found = flow.pullback(at, i, lin, Row.of(adjoint, flow.rows), of_state, wrt_params=wanted)
-        if found.params:
-            if i == 0 or fsal:
-                held = self._next if fsal else self.first
-                torch._foreach_zero_(held)
-                accumulate(held, found.params)
-            if i > 0:
-                for weights, sums in zip(self.weights, self.sums, strict=True):
-                    accumulate(sums, found.params, weights[i])
+        adjoint_row = Row.of(adjoint, flow.rows)
+        found = flow.pullback(at, i, lin, adjoint_row, of_state, wrt_params=self.quadratures.wants(i))
+        self.quadratures.add(i, found.params)
         found.params = ()
         self._kept[i] = found
         of_state.flat.neg_()
@@ -208,13 +204,14 @@ class _AdjointDynamics:
 
     def on_accept(self, step: AcceptedStep) -> None:
         dt = step.t1 - step.t
-        b, totals = self.tableau.b, self.totals
-        accumulate(totals.params, self.first, -dt * b[0])
-        accumulate(totals.params, self.sums[0], -dt)
-        totals.add_coefficients(stage_times(step.t, step.t1, self.tableau.c), self._kept, [-dt * w for w in b])
+        self.quadratures.accept(dt)
+        weights = [-dt * w for w in self.tableau.b]
+        self.totals.add_coefficients(stage_times(step.t, step.t1, self.tableau.c), self._kept, weights)
         if self.tableau.fsal:
-            self.first, self._next = self._next, self.first
             self._kept[0] = self._kept[-1]
+
+    def finish(self) -> None:
+        """Every step has been taken: the totals are up to date."""
 
 
 class _WithQuadratures(ExplicitRK):
@@ -228,11 +225,15 @@ class _WithQuadratures(ExplicitRK):
         if not dynamics.totals.params:
             return norm
 
-        def flat(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.cat([x.reshape(-1).to(z.dtype) for x in tensors])
+        sums = dynamics.quadratures
 
-        before, first = flat(dynamics.totals.params), flat(dynamics.first)
-        rows = [self.dt * (w[0] * first + flat(s)) for w, s in zip(dynamics.weights, dynamics.sums, strict=True)]
+        def flat(tensors: Sequence[Tensor | None]) -> Tensor:
+            like = dynamics.totals.params
+            filled = (torch.zeros_like(p) if x is None else x for x, p in zip(tensors, like, strict=True))
+            return torch.cat([x.reshape(-1).to(z.dtype) for x in filled])
+
+        before, first = flat(dynamics.totals.params), flat(sums.first)
+        rows = [self.dt * (w[0] * first + flat(s)) for w, s in zip(sums.weights, sums.sums, strict=True)]
         size = torch.maximum(before.abs(), (before - rows[0]).abs())
         # A tolerance that differs from element to element of the state says nothing of parameters: its smallest.
         own = [x if not isinstance(x, Tensor) else x.min() for x in (tolerance.rtol, tolerance.atol)]

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nesterov_triton.flow import Cotangents, Flow, Linearisation
+from nesterov_triton.gradients.fused_sweep import FusedFirstOrderSweep, FusedMomentumSweep
 from nesterov_triton.gradients.leaves import check_leaves, check_parameters, without_hooks
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.gradients.totals import Totals, accumulate
@@ -69,13 +70,15 @@ class _Discrete(torch.autograd.Function):
         needs = ctx.needs_input_grad
         n = len(problem.scalars)
         flow = problem.flow_back(time_grads=needs[2], coefficient_grads=needs[2] or any(needs[3 : 3 + n]))
-        sweep = ReverseSweep(problem.tableau, flow, problem.times.tolist())
+        path = problem.backward_path("gradients with respect to times are wanted" if needs[2] else None)
+        sweep = _sweep(path.kernels, problem.tableau, flow, problem.times.tolist())
         adjoint = torch.zeros_like(problem.z)
         try:
             with problem.without_autocast(), without_hooks(problem.params):
                 for (t, t1, outputs), z in zip(reversed(ctx.spans), reversed(starts), strict=True):
                     wanted = [(k, cotangents[k - 1]) for k in outputs]
                     adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
+                sweep.finish()
         finally:
             problem.stats.nfe_backward += flow.network.evaluations
         totals = sweep.totals
@@ -88,13 +91,38 @@ class _Discrete(torch.autograd.Function):
         )
 
 
-class ReverseSweep:
+class Sweep(Protocol):
     """Transposed Runge-Kutta steps, last first.
 
     Attributes:
         totals: the cotangents of parameters and scalars so far.
-        times: the cotangents of the requested times so far, [n] float64 on the CPU.
+        times: the cotangents of the requested times so far, [n] float64 on the CPU; None where they are not computed.
     """
+
+    totals: Totals
+
+    @property
+    def times(self) -> Tensor | None: ...
+
+    def step(self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """The cotangent of the state `z` at t, [D], from that of the state at t1 and those of requested states.
+
+        Args:
+            outputs: (index of the requested time in (t, t1], cotangent [D]).
+        """
+
+    def finish(self) -> None:
+        """Every step has been taken: bring the totals up to date."""
+
+
+def _sweep(kernels: bool, tableau: Tableau, flow: Flow, times: Sequence[float]) -> Sweep:
+    if not kernels:
+        return ReverseSweep(tableau, flow, times)
+    return (FusedFirstOrderSweep if flow.rows == 1 else FusedMomentumSweep)(tableau, flow, times)
+
+
+class ReverseSweep:
+    """Transposed steps in plain torch; see `Sweep`."""
 
     def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float]) -> None:
         self.tableau, self.flow, self.requested = tableau, flow, times
@@ -155,6 +183,9 @@ class ReverseSweep:
             of_dt = moments / dt + float(of_times @ of_times.new_tensor(step.nodes))
             self._add_times(t1, of_times, of_dt, dt, inside, thetas, step.all_slopes)
         return step.all_cotangents.sum(0)
+
+    def finish(self) -> None:
+        """Every step has been taken: the totals are up to date."""
 
     def _buffers(self, inside: int, like: Tensor) -> _Transpose:
         """Tables and buffers for a step with so many requested times inside; kept for the next step like it."""

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nesterov_triton import kernels
 from nesterov_triton.flow import Flow
+from nesterov_triton.kernels import Path
 from nesterov_triton.network import Network
 from nesterov_triton.status import Stats
 from nesterov_triton.stepping.explicit_rk import ExplicitRK
+from nesterov_triton.stepping.fused_rk import FusedFirstOrderRK, FusedMomentumRK
 from nesterov_triton.stepping.loop import LoopOptions, OnAccept, Progress, integrate
-from nesterov_triton.stepping.stepper import TimeAxis, Tolerance
+from nesterov_triton.stepping.stepper import Stepper, TimeAxis, Tolerance
 from nesterov_triton.systems import System
 from nesterov_triton.tableaus import Tableau
 
@@ -63,6 +66,17 @@ class Problem:
         z = self.z
         return Network(self.system.field, self.shape, z.dtype, z.device, self.autocast, watch, on_output)
 
+    def path(self) -> Path:
+        """What does the elementwise work of this solve, unless autograd is to see all of it."""
+        tolerance = self.tolerance
+        return kernels.path(self.system, self.z.device, *((tolerance.rtol, tolerance.atol) if tolerance else ()))
+
+    def backward_path(self, objection: str | None) -> Path:
+        """The same for its backward pass, unless there is something that only plain torch does; kept in the stats."""
+        path = self.path() if objection is None else Path(False, objection)
+        self.stats.path_backward = str(path)
+        return path
+
     def without_autocast(self) -> AbstractContextManager[object]:
         """A context for the solver's own arithmetic, which keeps the state's dtype."""
         kind = self.z.device.type
@@ -96,16 +110,24 @@ def forward(
     times = problem.times.tolist()
     z = problem.z if differentiable else problem.z.detach()
     axis = TimeAxis(problem.times) if differentiable and problem.times.requires_grad else None
-    stepper = ExplicitRK(
-        problem.tableau,
-        flow,
-        flow.rows,
-        z,
-        problem.tolerance,
-        dense=len(times) > 2,
-        differentiable=differentiable,
-        axis=axis,
-    )
+    path = Path(False, "gradient='backprop' records every operation") if differentiable else problem.path()
+    problem.stats.path = str(path)
+    dense = len(times) > 2
+    stepper: Stepper
+    if path.kernels:
+        kind = FusedFirstOrderRK if flow.rows == 1 else FusedMomentumRK
+        stepper = kind(problem.tableau, flow, problem.tolerance, dense=dense)
+    else:
+        stepper = ExplicitRK(
+            problem.tableau,
+            flow,
+            flow.rows,
+            z,
+            problem.tolerance,
+            dense=dense,
+            differentiable=differentiable,
+            axis=axis,
+        )
     progress = Progress()
     try:
         return integrate(stepper, z, times, problem.options, progress, on_accept)

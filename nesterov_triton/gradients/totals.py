@@ -39,6 +39,12 @@ class Totals:
         """The parameters' cotangents, in their own dtypes."""
         return [total.to(p.dtype) for total, p in zip(self.params, self.flow.params, strict=True)]
 
+    def add_scalars(self, integrals: Tensor) -> None:
+        """Add the cotangents of ξ and γ, [2]; one host read."""
+        for name, value in zip(("xi", "damping"), integrals.tolist(), strict=True):
+            if name in self.scalars:
+                self.scalars[name] += value
+
     def add_coefficients(
         self, times: Sequence[float], stages: Sequence[Cotangents], weights: Sequence[float] | None = None
     ) -> Tensor | None:

@@ -1,0 +1,252 @@
+"""Steps of the adjoint equation, backward in time, by the fused operators.
+
+The state is (z, a), [2 D]. As in a forward step, nothing is written between two evaluations of the field but what it
+reads and what later launches need; its cotangent g and its next arguments come from one launch. A stage is one
+evaluation and one vector-Jacobian product. See `stepping.stepper.Stepper`, and `adjoint` for the equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nesterov_triton.flow import Flow, Packet
+from nesterov_triton.gradients.leaves import check_leaves
+from nesterov_triton.gradients.quadratures import ParameterQuadratures
+from nesterov_triton.gradients.totals import Totals
+from nesterov_triton.network import Evaluation
+from nesterov_triton.ops.first_order_finish import first_order_finish
+from nesterov_triton.ops.first_order_stage import first_order_stage
+from nesterov_triton.ops.momentum_adjoint_finish import momentum_adjoint_finish
+from nesterov_triton.ops.momentum_adjoint_stage import momentum_adjoint_stage
+from nesterov_triton.ops.momentum_stage import momentum_stage
+from nesterov_triton.stepping.fused_rk import Outputs, Overwritten, scalar_tolerances
+from nesterov_triton.stepping.loop import AcceptedStep
+from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
+from nesterov_triton.systems import Momentum
+from nesterov_triton.tableaus import Tableau
+
+
+class Slope(NamedTuple):
+    """What is kept of one stage, [N] each."""
+
+    own: Tensor  # dm, or the field's output for a first-order system
+    through: Tensor  # (∂f/∂h)ᵀ g
+    through_m: Tensor | None  # (∂f/∂m)ᵀ g, where the field sees m
+
+
+class FusedAdjoint:
+    """Steps of (z, a), [2 D], with the quadratures of those that are accepted.
+
+    Args:
+        tableau: the method.
+        flow: the system, bound for a backward pass.
+        tolerance: numbers or 0-d tensors; None for fixed steps.
+        totals: where the quadratures go.
+    """
+
+    axis: TimeAxis | None = None
+
+    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, totals: Totals) -> None:
+        self.tableau, self.flow, self.tolerance, self.totals = tableau, flow, tolerance, totals
+        self.outputs = Outputs(flow)
+        self.quadratures = ParameterQuadratures(tableau, totals)
+        self._rtol, self._atol = scalar_tolerances(tolerance, flow.device)
+        self._first: Slope | None = None
+        self._slopes: list[Slope] = []
+        self._error = torch.empty(0)
+
+    def first_derivative(self, t: float, z: Tensor) -> Tensor:
+        """The right-hand side at the start, [2 D]; kept for the first step."""
+        derivative, self._first = self._derivative(t, z, 0)
+        return derivative
+
+    def probe(self, t: float, z: Tensor) -> Tensor:
+        """The right-hand side somewhere else, [2 D]; what is kept is left as it is."""
+        derivative, _ = self._derivative(t, z, None)
+        return derivative
+
+    def step(self, t: float, t1: float, z: Tensor) -> Tensor:
+        """(z, a) after one step from t to t1, [2 D], freshly allocated."""
+        packet = self.flow.packet(stage_times(t, t1, self.tableau.c), t1 - t)
+        self.quadratures.begin()
+        try:
+            z1 = self._step(packet, z)
+        except Overwritten:  # the slope at the start may have been, too
+            self._first = None
+            self.quadratures.begin()
+            z1 = self._step(packet, z)
+        self._first = self._slopes[0]  # for another try
+        return z1
+
+    def error(self, z: Tensor, z1: Tensor) -> float:
+        """The norm of the embedded error of the step just taken. The one host read of a step."""
+        return float(self._error)
+
+    def witness(self, z1: Tensor) -> Tensor:
+        """0-d, of the step just taken: finite only where its end is."""
+        return self._error
+
+    def starts_finite(self) -> bool:
+        """Whether the derivative that the step just taken started with is finite."""
+        first = self._slopes[0]
+        return all(bool(torch.isfinite(x).all()) for x in first if x is not None)
+
+    def accept(self) -> None:
+        """Go on from the state that the step just taken gave."""
+        self._first = self._slopes[-1] if self.tableau.fsal else None
+
+    def restart(self) -> None:
+        """Forget the state to go on from: the next step starts from another one."""
+        self._first = None
+
+    def interpolate(
+        self, t: float, t1: float, z: Tensor, times: Sequence[float], indices: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """Not wanted: the backward solve is cut at the requested times."""
+        raise NotImplementedError
+
+    def on_accept(self, step: AcceptedStep) -> None:
+        """Add the step's quadratures to the totals."""
+        self.quadratures.accept(step.t1 - step.t)
+
+    def finish(self) -> None:
+        """Every step has been taken: bring the totals up to date."""
+
+    def _derivative(self, t: float, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
+        """The right-hand side, [2 D], and its slope as the first of a step; the parameters' cotangents count as those
+        of `stage`."""
+        raise NotImplementedError
+
+    def _step(self, packet: Packet, z: Tensor) -> Tensor:
+        """The step; leaves its slopes and its error."""
+        raise NotImplementedError
+
+    def _evaluate(self, packet: Packet, i: int, held: Sequence[Tensor], *features: Tensor) -> tuple[Evaluation, Tensor]:
+        evaluation, u = self.outputs.taped(packet.t[i], *features, held=held)
+        if i <= 1:  # once an attempt at least: a field may use a tensor at some times only
+            check_leaves(self.flow, evaluation)
+        return evaluation, u
+
+    def _slope(self, i: int | None, own: Tensor, evaluation: Evaluation, g: Tensor) -> Slope:
+        """The slope of stage `i` by the field's vector-Jacobian product with `g`, [N]."""
+        wanted = i is not None and self.quadratures.wants(i)
+        through, _, grads = evaluation.pullback(g, self.flow.params if wanted else ())
+        if i is not None:
+            self.quadratures.add(i, grads)
+        v, *w = (torch.zeros_like(g) if x is None else x.contiguous() for x in through)
+        return Slope(own, v, *(w or (None,)))
+
+
+class FusedMomentumAdjoint(FusedAdjoint):
+    """Steps of (x, m, a_x, a_m), [4 N]."""
+
+    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, totals: Totals) -> None:
+        super().__init__(tableau, flow, tolerance, totals)
+        system = flow.system
+        assert isinstance(system, Momentum)
+        self.gates, self.sees_momentum = (system.gate_x, system.gate_f), system.sees_momentum
+        self.ahead = 1 if self.sees_momentum else 2
+        # ∫⟨h, a_m⟩ and ∫⟨m, a_m⟩, on the device until all steps are done.
+        self._scalars = torch.zeros(2, dtype=torch.float64, device=flow.device)
+        self._wants_scalars = flow.coefficient_grads and bool(flow.scalars)
+        self._of_step: Tensor | None = None
+
+    def on_accept(self, step: AcceptedStep) -> None:
+        super().on_accept(step)
+        if self._of_step is not None:
+            self._scalars += self._of_step
+
+    def finish(self) -> None:
+        if self._wants_scalars:
+            self.totals.add_scalars(self._scalars)
+
+    def _derivative(self, t: float, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
+        packet = self.flow.packet((t, t), 0.0)
+        state, adjoint = z.view(2, -1).unbind(0)
+        c, dt = packet.coefficients, packet.dt
+        first = momentum_stage([], state, [], c, dt, self.tableau, *self.gates, 1, self.sees_momentum)
+        evaluation, u = self._evaluate(packet, 0, (), *first.h, *(() if first.m is None else (first.m,)))
+        done = momentum_adjoint_stage([u], state, [], adjoint, [], c, dt, self.tableau, *self.gates, 0)
+        (own,), (g,) = done.slopes, done.cotangents
+        slope = self._slope(stage, own, evaluation, g)
+        scale, _, q, minus_gamma = c[0].to(z.dtype).unbind(0)
+        (_, m), (a_x, a_m) = state.view(2, -1).unbind(0), adjoint.view(2, -1).unbind(0)
+        dx = self.gates[0](m)
+        of_x = scale * slope.through + q * a_m
+        of_m = self.gates[0].pullback(a_x, m, dx) + minus_gamma * a_m
+        if slope.through_m is not None:
+            of_m = of_m + slope.through_m
+        return torch.cat((dx, own, -of_x, -of_m)), slope
+
+    def _step(self, packet: Packet, z: Tensor) -> Tensor:
+        c, dt, tableau = packet.coefficients, packet.dt, self.tableau
+        state, adjoint = z.view(2, -1).unbind(0)
+        first = [] if self._first is None else [self._first]
+        slopes, through = [s.own for s in first], [s.through for s in first]
+        through_m = [s.through_m for s in first if s.through_m is not None]
+        ahead = min(self.ahead, tableau.stages - len(slopes))
+        following = momentum_stage([], state, slopes, c, dt, tableau, *self.gates, ahead, self.sees_momentum)
+        h, m = following.h, following.m
+        last: Slope | None = None
+        while h:
+            evaluations: list[Evaluation] = []
+            outputs: list[Tensor] = []
+            known = len(slopes)
+            for features in h:
+                evaluation, u = self._evaluate(
+                    packet, known + len(outputs), outputs, features, *(() if m is None else (m,))
+                )
+                evaluations.append(evaluation)
+                outputs.append(u)
+            ahead = min(self.ahead, tableau.stages - known - len(outputs))
+            done = momentum_adjoint_stage(
+                outputs, state, slopes, adjoint, through, c, dt, tableau, *self.gates, ahead,
+                self.sees_momentum and ahead > 0, through_m,
+            )  # fmt: skip
+            for own, evaluation, g in zip(done.slopes, evaluations, done.cotangents, strict=True):
+                last = self._slope(len(slopes), own, evaluation, g)
+                first.append(last)
+                slopes.append(own)
+                through.append(last.through)
+                if last.through_m is not None:
+                    through_m.append(last.through_m)
+            h, m = done.h, done.m
+        finish = momentum_adjoint_finish(
+            state, slopes, adjoint, through, c, dt, self._rtol, self._atol, tableau, *self.gates, self._wants_scalars,
+            through_m,
+        )  # fmt: skip
+        self._slopes, self._error, self._of_step = first, finish.error, finish.quadratures
+        return finish.state
+
+
+class FusedFirstOrderAdjoint(FusedAdjoint):
+    """Steps of (y, a), [2 N], with y' = f(t, y) and a' = -(∂f/∂y)ᵀ a."""
+
+    def _derivative(self, t: float, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
+        slope = self._at(self.flow.packet((t,), 0.0), 0, z, stage, ())
+        slope = slope._replace(own=slope.own.clone())
+        return torch.cat((slope.own, -slope.through)), slope
+
+    def _step(self, packet: Packet, z: Tensor) -> Tensor:
+        dt, tableau = packet.dt, self.tableau
+        slopes = [self._at(packet, 0, z, 0, ()) if self._first is None else self._first]
+        own, through = [slopes[0].own], [slopes[0].through]
+        z1 = z
+        for i in range(tableau.stages - 1):
+            z1 = first_order_stage(z, own, dt, tableau, i, through)
+            slopes.append(self._at(packet, i + 1, z1, i + 1, own))
+            own.append(slopes[-1].own)
+            through.append(slopes[-1].through)
+        finish = first_order_finish(z, own, dt, self._rtol, self._atol, tableau, through)
+        self._slopes, self._error = slopes, finish.error
+        return z1 if finish.y is None else finish.y
+
+    def _at(self, packet: Packet, i: int, z: Tensor, stage: int | None, held: Sequence[Tensor]) -> Slope:
+        """The slope at the stage `i` of the packet and the state `z`, counted as `stage`."""
+        y, adjoint = z.view(2, -1).unbind(0)
+        evaluation, u = self._evaluate(packet, i, held, y)
+        return self._slope(stage, u, evaluation, adjoint)

@@ -1,0 +1,277 @@
+"""Explicit Runge-Kutta steps by the fused operators: one launch between two evaluations of the field.
+
+The same arithmetic as `explicit_rk`, which writes every stage's right-hand side; here nothing is written but what the
+field or a later launch reads (`ops.momentum_stage`, `ops.first_order_stage`). Not differentiable: the strategies that
+call it know the transpose. The steps' scalars live on the device, and the norm of the error is all that is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nesterov_triton.flow import Flow, Packet
+from nesterov_triton.network import Evaluation
+from nesterov_triton.ops.first_order_dense_output import first_order_dense_output
+from nesterov_triton.ops.first_order_finish import first_order_finish
+from nesterov_triton.ops.first_order_stage import first_order_stage
+from nesterov_triton.ops.momentum_dense_output import momentum_dense_output
+from nesterov_triton.ops.momentum_finish import momentum_finish
+from nesterov_triton.ops.momentum_stage import Stage, momentum_stage
+from nesterov_triton.stepping.dense_output import dense_output
+from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
+from nesterov_triton.systems import Momentum
+from nesterov_triton.tableaus import Tableau
+
+
+class Overwritten(Exception):
+    """A field has returned memory in which an earlier output, still needed, was."""
+
+
+class Outputs:
+    """A field's evaluations whose outputs stay as they are while they are needed.
+
+    A field may hand out the same memory every time (a captured graph does). Copies of everything would cost what the
+    kernels save, so outputs are held as they are, and compared by address: the first time that one lies where another
+    is still held, `Overwritten` says so, and from then on all are copied.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self._copies = False
+
+    def __call__(self, t: Tensor, *features: Tensor, held: Sequence[Tensor] = ()) -> Tensor:
+        """The field's output at time `t`, flat, [N], contiguous.
+
+        Raises:
+            Overwritten: it lies in the memory of one of `held`.
+        """
+        flow = self.flow
+        u = flow.network(t, *(x.view(flow.shape) for x in features)).detach().reshape(-1)
+        return self.keep(u, held)
+
+    def taped(self, t: Tensor, *features: Tensor, held: Sequence[Tensor] = ()) -> tuple[Evaluation, Tensor]:
+        """The same with the field's graph kept."""
+        flow = self.flow
+        evaluation = flow.network.taped(t, *(x.view(flow.shape) for x in features))
+        return evaluation, self.keep(evaluation.u.detach().reshape(-1), held)
+
+    def keep(self, u: Tensor, held: Sequence[Tensor]) -> Tensor:
+        """The output `u`, [N], as it is or copied.
+
+        Raises:
+            Overwritten: it lies in the memory of one of `held`.
+        """
+        if self._copies:
+            return u.clone()
+        if held and u.numel():
+            place = u.untyped_storage().data_ptr()
+            if any(place == other.untyped_storage().data_ptr() for other in held):
+                self._copies = True
+                raise Overwritten
+        return u.contiguous()
+
+
+class FusedRK:
+    """Steps of one method on one system, by the fused operators; see `stepping.stepper.Stepper`.
+
+    Args:
+        tableau: the method.
+        flow: the system, bound.
+        tolerance: for the embedded error's norm, numbers or 0-d tensors; None for fixed steps.
+        dense: whether `interpolate` will be called.
+    """
+
+    axis: TimeAxis | None = None
+
+    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, *, dense: bool = False) -> None:
+        self.tableau, self.flow, self.tolerance, self.dense = tableau, flow, tolerance, dense
+        self.outputs = Outputs(flow)
+        self._rtol, self._atol = scalar_tolerances(tolerance, flow.device)
+        self._first: Tensor | None = None  # slope at the state to go on from: dm, [N], or the field's output
+        self._last: Tensor | None = None  # slope at the end of the step just taken, for FSAL methods
+        self._slopes: list[Tensor] = []  # of the step just taken: the first, and where it is dense all of them
+        self._error = torch.empty(0)
+        self._packet: Packet | None = None
+
+    def first_derivative(self, t: float, z: Tensor) -> Tensor:
+        """The right-hand side at the start, [D]; kept for the first step."""
+        derivative, self._first = self._derivative(t, z)
+        return derivative
+
+    def probe(self, t: float, z: Tensor) -> Tensor:
+        """The right-hand side somewhere else, [D]; what is kept is left as it is."""
+        derivative, _ = self._derivative(t, z)
+        return derivative
+
+    def step(self, t: float, t1: float, z: Tensor) -> Tensor:
+        """The state after one step from t to t1, [D], freshly allocated."""
+        # Of all stages, the extra ones too: their features may be wanted.
+        nodes = self.tableau.all_c if self.dense else self.tableau.c
+        self._packet = self.flow.packet(stage_times(t, t1, nodes), t1 - t)
+        try:
+            z1 = self._step(self._packet, z)
+        except Overwritten:  # the slope at the start may have been, too
+            self._first = None
+            z1 = self._step(self._packet, z)
+        if self._slopes:  # of one stage not even that is kept
+            self._first = self._slopes[0]  # for another try
+        return z1
+
+    def error(self, z: Tensor, z1: Tensor) -> float:
+        """The norm of the embedded error of the step just taken. The one host read of a step."""
+        return float(self._error)
+
+    def witness(self, z1: Tensor) -> Tensor:
+        """0-d, of the step just taken: finite only where its end is."""
+        return self._error
+
+    def starts_finite(self) -> bool:
+        """Whether the derivative that the step just taken started with is finite."""
+        return bool(torch.isfinite(self._slopes[0]).all())
+
+    def accept(self) -> None:
+        """Go on from the state that the step just taken gave."""
+        self._first = self._last
+
+    def restart(self) -> None:
+        """Forget the state to go on from: the next step starts from another one."""
+        self._first = None
+
+    def interpolate(
+        self, t: float, t1: float, z: Tensor, times: Sequence[float], indices: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """The states at `times` inside the step just taken and not yet accepted, [D] each; one launch for all."""
+        assert self._packet is not None
+        needed = dense_output(self.tableau)
+        if len(self._slopes) < needed.stages:
+            self._add_slopes(self._packet, z, needed.stages)
+        weights = torch.stack([needed.weights((time - t) / (t1 - t)) for time in times]).to(z.device)
+        return self._dense_output(self._packet, z, weights).unbind(0)
+
+    def _derivative(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The right-hand side, [D], and its slope as the first of a step."""
+        raise NotImplementedError
+
+    def _step(self, packet: Packet, z: Tensor) -> Tensor:
+        """The step; leaves its slopes and its error."""
+        raise NotImplementedError
+
+    def _add_slopes(self, packet: Packet, z: Tensor, count: int) -> None:
+        """Those of the extra stages up to `count`."""
+        raise NotImplementedError
+
+    def _dense_output(self, packet: Packet, z: Tensor, weights: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class FusedMomentumRK(FusedRK):
+    """Steps of a momentum system. Its slopes are the dm_i; the dx_i are computed again wherever they are needed."""
+
+    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, *, dense: bool = False) -> None:
+        super().__init__(tableau, flow, tolerance, dense=dense)
+        system = flow.system
+        assert isinstance(system, Momentum)
+        self.gate_x, self.gate_f, self.sees_momentum = system.gate_x, system.gate_f, system.sees_momentum
+        self.ahead = 1 if self.sees_momentum else 2
+
+    def _derivative(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
+        packet = self.flow.packet((t, t), 0.0)
+        outputs = self._evaluate(packet, z, [], [], 1)
+        with torch.no_grad():
+            (slope,) = self._stage(packet, z, [], outputs, 0).slopes
+            return torch.cat((self.gate_x(z.view(2, -1)[1]), slope)), slope
+
+    def _step(self, packet: Packet, z: Tensor) -> Tensor:
+        tableau = self.tableau
+        slopes = [] if self._first is None else [self._first]
+        outputs: list[Tensor] = []
+        while len(slopes) + len(outputs) < tableau.stages:
+            left = tableau.stages - len(slopes) - len(outputs)
+            outputs = self._evaluate(packet, z, slopes, outputs, min(self.ahead, left))
+        keep = len(outputs) if self.dense else int(tableau.fsal)
+        with torch.no_grad():
+            finish = momentum_finish(
+                outputs, z, slopes, packet.coefficients, packet.dt, self._rtol, self._atol, tableau, self.gate_x,
+                self.gate_f, keep,
+            )  # fmt: skip
+        self._slopes, self._error = [*slopes, *finish.slopes], finish.error
+        self._last = self._slopes[-1] if tableau.fsal else None
+        return finish.z
+
+    def _add_slopes(self, packet: Packet, z: Tensor, count: int) -> None:
+        outputs: list[Tensor] = []
+        while len(self._slopes) + len(outputs) < count:
+            left = count - len(self._slopes) - len(outputs)
+            outputs = self._evaluate(packet, z, self._slopes, outputs, min(self.ahead, left))
+        with torch.no_grad():
+            self._stage(packet, z, self._slopes, outputs, 0)
+
+    def _dense_output(self, packet: Packet, z: Tensor, weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            return momentum_dense_output(z, self._slopes, weights, packet.dt, self.tableau, self.gate_x)
+
+    def _evaluate(
+        self, packet: Packet, z: Tensor, slopes: list[Tensor], outputs: Sequence[Tensor], ahead: int
+    ) -> list[Tensor]:
+        """The field's outputs at the `ahead` stages after those of `outputs`, whose slopes are appended to `slopes`."""
+        with torch.no_grad():
+            stage = self._stage(packet, z, slopes, outputs, ahead)
+        found: list[Tensor] = []
+        for h in stage.h:
+            features = (h,) if stage.m is None else (h, stage.m)
+            found.append(self.outputs(packet.t[len(slopes) + len(found)], *features, held=found))
+        return found
+
+    def _stage(self, packet: Packet, z: Tensor, slopes: list[Tensor], outputs: Sequence[Tensor], ahead: int) -> Stage:
+        """The launch for these stages; the outputs' slopes are appended to `slopes`."""
+        stage = momentum_stage(
+            outputs, z, slopes, packet.coefficients, packet.dt, self.tableau, self.gate_x, self.gate_f, ahead,
+            self.sees_momentum and ahead > 0,
+        )  # fmt: skip
+        slopes.extend(stage.slopes)
+        return stage
+
+
+class FusedFirstOrderRK(FusedRK):
+    """Steps of y' = f(t, y). Its slopes are the field's outputs themselves."""
+
+    def _derivative(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
+        u = self.outputs(self.flow.packet((t,), 0.0).t[0], z).clone()
+        return u, u
+
+    def _step(self, packet: Packet, z: Tensor) -> Tensor:
+        tableau = self.tableau
+        slopes = [self.outputs(packet.t[0], z) if self._first is None else self._first]
+        z1 = z
+        for i in range(tableau.stages - 1):
+            z1 = self._extend(packet, z, slopes, i)
+        with torch.no_grad():
+            finish = first_order_finish(z, slopes, packet.dt, self._rtol, self._atol, tableau)
+        self._slopes, self._error = slopes, finish.error
+        self._last = slopes[-1] if tableau.fsal else None
+        return z1 if finish.y is None else finish.y
+
+    def _add_slopes(self, packet: Packet, z: Tensor, count: int) -> None:
+        for i in range(len(self._slopes) - 1, count - 1):
+            self._extend(packet, z, self._slopes, i)
+
+    def _dense_output(self, packet: Packet, z: Tensor, weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            return first_order_dense_output(z, self._slopes, weights, packet.dt, self.tableau)
+
+    def _extend(self, packet: Packet, z: Tensor, slopes: list[Tensor], stage: int) -> Tensor:
+        """Evaluate the stage after `stage` and append its slope; return its state."""
+        with torch.no_grad():
+            state = first_order_stage(z, slopes, packet.dt, self.tableau, stage)
+        slopes.append(self.outputs(packet.t[stage + 1], state, held=slopes))
+        return state
+
+
+def scalar_tolerances(tolerance: Tolerance | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """rtol and atol as float64 of one element on the device; anything for fixed steps, which look at neither."""
+    given = (1.0, 1.0) if tolerance is None else (tolerance.rtol, tolerance.atol)
+    rtol, atol = (torch.as_tensor(x, dtype=torch.float64).to(device) for x in given)
+    return rtol, atol
