@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
+import pkgutil
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from nesterov_triton import ops
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
@@ -104,6 +109,44 @@ class _SilentReads(TorchFunctionMode):
         if func in _SILENT_READS:
             self._count.host_reads += not self._count.in_field
         return func(*args, **(kwargs or {}))
+
+
+class LaunchCount:
+    """Counts the package's Triton launches inside a `with` block, by kernel; interpreted ones too.
+
+    Attributes:
+        launches: by operator and kernel.
+    """
+
+    def __init__(self) -> None:
+        self.launches: Counter[str] = Counter()
+        self._patched: list[tuple[Any, Any]] = []
+
+    @property
+    def total(self) -> int:
+        return sum(self.launches.values())
+
+    def __enter__(self) -> LaunchCount:
+        for found in pkgutil.iter_modules(ops.__path__):
+            if found.ispkg and importlib.util.find_spec(f"{ops.__name__}.{found.name}.kernel"):
+                module: Any = importlib.import_module(f"{ops.__name__}.{found.name}.kernel")
+                if hasattr(module, "start"):
+                    self._patched.append((module, module.start))
+                    module.start = self._counting(found.name, module.start)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        while self._patched:
+            module, start = self._patched.pop()
+            module.start = start
+
+    def _counting(self, name: str, start: Callable[..., None]) -> Callable[..., None]:
+        def counted(kernel: Any, *args: Any, **kwargs: Any) -> None:
+            self.launches[f"{name} {getattr(kernel, '__name__', kernel)}"] += 1
+            with _disable_current_modes():  # triton's interpreter is itself written in torch
+                start(kernel, *args, **kwargs)
+
+        return counted
 
 
 @dataclass(frozen=True)
