@@ -93,7 +93,7 @@ class TorchdiffeqSystem(nn.Module):
 
     def solve(self, h0: Tensor, *, rtol: float, atol: float, method: str = "dopri5", adjoint: bool = False) -> Tensor:
         """Features at the end from features at the start, at rest."""
-        t = torch.tensor([T0, T1], dtype=h0.dtype)
+        t = torch.tensor([T0, T1], dtype=h0.dtype, device=h0.device)
         z0 = torch.stack([h0 / kappa(t[0]), torch.zeros_like(h0)])
         odeint = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
         z1: Tensor = odeint(self, z0, t, rtol=rtol, atol=atol, method=method)[-1]

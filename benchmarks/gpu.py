@@ -1,0 +1,594 @@
+"""Everything that needs a GPU, in one run of under nine minutes: `python -m benchmarks.gpu`.
+
+1. The kernels' tests, compiled instead of interpreted, and a small run under compute-sanitizer (memcheck, racecheck).
+2. Accuracy of solves and gradients against tight float64 ones, and against plain torch on the same GPU.
+3. Each kernel's bandwidth beside that of a copy, from the bytes that `benchmarks.traffic` counts.
+4. A step's launches one by one beside the same launches replayed as a CUDA graph.
+5. Whole solves beside plain torch and torchdiffeq, on a small state and on a large one with a cheap field.
+
+Needs torch, triton, torchdiffeq, pytest and numpy, and the repository's root as the working directory. Prints a table
+and writes `benchmarks/results/<gpu>-<date>.json`. A part that fails is said to have failed, and the others still run.
+
+    python -m benchmarks.gpu --rehearse      # on a CPU: every part on tiny sizes under triton's interpreter, no figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+
+GPU = torch.cuda.is_available()
+if not GPU:  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import nesterov_triton as nt  # noqa: E402
+from benchmarks import traffic  # noqa: E402
+from benchmarks.problems import BOUND, T0, T1, XI, Problem, TorchdiffeqSystem, relative_error  # noqa: E402
+from benchmarks.report import Line, commit, table, today, versions  # noqa: E402
+from nesterov_triton.ops import dispatch  # noqa: E402
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+ROOT = Path(__file__).parent.parent
+TESTS = ("kernels", "adjoint_kernels", "first_order_kernels", "dense_output_kernels", "fused")
+DOPRI5 = nt.tableaus.get("dopri5")
+GATE = nt.gates.Softclip(BOUND)
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: on a GPU, or in a rehearsal."""
+
+    rows: tuple[int, ...]  # elements of a row, for the bandwidth
+    large: int  # elements of the large state
+    batch: int  # of the small one
+    seconds: float  # spent on one timing
+    rounds: int  # of the contenders of a comparison
+
+
+FULL = Scale((1 << 20, 1 << 22, 1 << 24, 1 << 26), 1 << 24, 256, 0.05, 15)
+TINY = Scale((1 << 10,), 1 << 10, 4, 0.0, 1)
+
+
+@contextlib.contextmanager
+def path(kernels: bool) -> Iterator[None]:
+    """Solves inside take this path; as they would anyway on a GPU with kernels."""
+    chosen = dispatch.runs_kernels
+    dispatch.runs_kernels = lambda device: kernels
+    try:
+        yield
+    finally:
+        dispatch.runs_kernels = chosen
+
+
+# --- correctness
+
+
+def run_tests(workers: int = 12) -> dict[str, Any]:
+    """The kernels' tests in so many processes, each with a share of them: most of their time is compilation."""
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    listed = _python("-m", "pytest", "-q", "--collect-only", *files)
+    names = [line for line in listed.stdout.splitlines() if "::" in line]
+    if not names:
+        raise RuntimeError(f"no tests were found: {listed.stdout[-2000:]}{listed.stderr[-2000:]}")
+    random.Random(0).shuffle(names)
+
+    def share(k: int) -> subprocess.CompletedProcess[str]:
+        return _python("-m", "pytest", "-q", "-p", "no:cacheprovider", *names[k::workers], limit=400)
+
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(share, range(workers)))
+    counts: dict[str, int] = {}
+    for one in done:
+        for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", one.stdout):
+            counts[what] = counts.get(what, 0) + int(number)
+    failures = [line for one in done for line in one.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    for line in failures[:20]:
+        print(line)
+    broken = [one.stdout[-1500:] for one in done if one.returncode not in (0, 1)]
+    return {"collected": len(names), **counts, "failures": failures, "broken": broken}
+
+
+def sanitize(tool: str) -> dict[str, Any]:
+    """A small run of every layer under compute-sanitizer."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).exists():
+        return {"said": "compute-sanitizer was not found"}
+    # Without the caching allocator each tensor is an allocation, and what lies beyond it is not ours.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=kernel"]
+    done = subprocess.run(
+        [*command, sys.executable, "-m", "benchmarks.gpu", "--small-run"],
+        cwd=ROOT, capture_output=True, text=True, timeout=150, env=environment, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    return {"exit": done.returncode, "said": said[-1] if said else (done.stdout + done.stderr)[-500:]}
+
+
+def small_run() -> None:
+    """What compute-sanitizer watches: every layer, forward and backward, with odd sizes and an output in mid-step."""
+    for kind, gradient in itertools.product((nt.NODE, nt.SONODE, nt.GNesterovNODE), ("discrete", "adjoint")):
+        layer = kind(Affine().to(DEVICE), gradient=gradient, rtol=1e-2, atol=1e-2, t=(1.0, 1.4, 2.0))
+        h = torch.randn(193, 7, device=DEVICE).requires_grad_()
+        layer(h).square().sum().backward()
+        print(kind.__name__, gradient, layer.stats)
+
+
+class Affine(nn.Module):
+    """A field of odd width, with or without the momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(7, 7)
+
+    def forward(self, t: Tensor, h: Tensor, m: Tensor | None = None) -> Tensor:
+        u: Tensor = self.linear(h)
+        return u if m is None else u - m
+
+
+def _python(*arguments: str, limit: int = 120) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False, env=environment,
+    )  # fmt: skip
+
+
+# --- accuracy
+
+
+def layer(problem: Problem, gradient: str = "discrete", **options: Any) -> nt.GNesterovNODE:
+    settings = {"rtol": TOLERANCE, "atol": TOLERANCE} | options
+    return nt.GNesterovNODE(problem.field, gate=GATE, xi=XI, t=(T0, T1), gradient=gradient, **settings)
+
+
+def problem_on(device: torch.device, dtype: torch.dtype, batch: int) -> Problem:
+    drawn = Problem.draw(batch=batch)
+    h0 = drawn.h0.detach().to(device, dtype).requires_grad_()
+    return Problem(drawn.field.to(device, dtype), h0, drawn.cotangent.to(device, dtype))
+
+
+def accuracy(scale: Scale) -> dict[str, Any]:
+    """Relative errors of the kernels' solves and gradients, in each dtype, against a float64 solve in plain torch."""
+    exact = problem_on(DEVICE, torch.float64, scale.batch)
+    with path(False):
+        truth = layer(exact, rtol=1e-12, atol=1e-12)(exact.h0)
+        gradients = exact.gradients(truth)
+    found: dict[str, Any] = {}
+    for dtype, tolerance in (
+        (torch.float64, 1e-10),
+        (torch.float32, 1e-6),
+        (torch.bfloat16, 1e-2),
+        (torch.float16, 1e-2),
+    ):
+        problem = problem_on(DEVICE, dtype, scale.batch)
+        for gradient in ("discrete", "adjoint"):
+            results = {}
+            for name in ("kernels", "torch"):
+                with path(name == "kernels"):
+                    one = layer(problem, gradient, rtol=tolerance, atol=tolerance)
+                    out = one(problem.h0)
+                    results[name] = (out.detach(), problem.gradients(out), one.stats)
+            out, grads, stats = results["kernels"]
+            plain, plain_grads, plain_stats = results["torch"]
+            found[f"{str(dtype).removeprefix('torch.')} {gradient}"] = {
+                "path": stats.path, "path_backward": stats.path_backward, "tolerance": tolerance,
+                "error": relative_error(out, truth),
+                "gradient_error": max(map(relative_error, grads, gradients)),
+                "difference_from_torch": relative_error(out, plain.double()),
+                "gradient_difference_from_torch": max(
+                    relative_error(a, b.double()) for a, b in zip(grads, plain_grads, strict=True)
+                ),
+                "steps": [stats.accepted, stats.rejected],
+                "steps_of_torch": [plain_stats.accepted, plain_stats.rejected],
+            }  # fmt: skip
+    return found
+
+
+# --- bandwidth
+
+
+def seconds(call: Callable[[], object], scale: Scale) -> float:
+    """Median time of a call on the device, launched often enough to be far above the clock's grain."""
+    call()
+    if not GPU:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    torch.cuda.synchronize()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+    for _ in range(5):
+        call()
+    last.record()
+    torch.cuda.synchronize()
+    repeats = max(1, min(200, int(scale.seconds / 5 / max(first.elapsed_time(last) / 5e3, 1e-6))))
+    found = []
+    for _ in range(5):
+        first.record()
+        for _ in range(repeats):
+            call()
+        last.record()
+        torch.cuda.synchronize()
+        found.append(float(first.elapsed_time(last)) / 1e3 / repeats)
+    return statistics.median(found)
+
+
+def copy_bandwidth(scale: Scale) -> float:
+    """Bytes read and written a second by torch's own copy of 2 GiB."""
+    count = (1 << 29) if GPU else 1 << 10
+    a = torch.zeros(count, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / seconds(lambda: b.copy_(a), scale)
+
+
+def launches(n: int, dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], object]]]:
+    """One launch each of the kernels of a dopri5 step: rows of n values moved, and the call."""
+    ops, tableau = _Ops(), DOPRI5
+    rows = [torch.randn(n, device=DEVICE).to(dtype) for _ in range(16)]
+    z, a, end = (torch.randn(2 * n, device=DEVICE).to(dtype) for _ in range(3))
+    c = torch.rand(7, 4, dtype=torch.float64, device=DEVICE)
+    dt, tol = (torch.full((1,), x, dtype=torch.float64, device=DEVICE) for x in (0.1, 1e-3))
+    gates = GATE, GATE
+    u, k, v = rows[:2], rows[2:9], rows[9:16]
+    weights = torch.rand(4, 7, dtype=torch.float64, device=DEVICE)
+    stage = traffic.momentum_stage
+    return {
+        "momentum stage 1": (
+            stage(tableau, 1, 0, 2).rows, lambda: ops.momentum_stage([], z, k[:1], c, dt, tableau, *gates, 2, False)
+        ),
+        "momentum stage 3": (
+            stage(tableau, 1, 2, 2).rows, lambda: ops.momentum_stage(u, z, k[:1], c, dt, tableau, *gates, 2, False)
+        ),
+        "momentum stage 5": (
+            stage(tableau, 3, 2, 2).rows, lambda: ops.momentum_stage(u, z, k[:3], c, dt, tableau, *gates, 2, False)
+        ),
+        "momentum finish": (
+            traffic.momentum_finish(tableau, 2).rows,
+            lambda: ops.momentum_finish(u, z, k[:5], c, dt, tol, tol, tableau, *gates, 1),
+        ),
+        "adjoint stage 3": (
+            traffic.momentum_adjoint_stage(tableau, 3, 2, 2).rows,
+            lambda: ops.momentum_adjoint_stage(u, z, k[:3], a, v[:3], c, dt, tableau, *gates, 2, False, ()),
+        ),
+        "adjoint finish": (
+            traffic.momentum_adjoint_finish(tableau).rows,
+            lambda: ops.momentum_adjoint_finish(z, k, a, v, c, dt, tol, tol, tableau, *gates, True, ()),
+        ),
+        "reverse stage 2": (
+            traffic.momentum_reverse_stage(tableau, 6, 2, 2).rows,
+            lambda: ops.momentum_reverse_stage(u, z, k[:5], end, v[:2], c, dt, tableau, 6, *gates, (), ()),
+        ),
+        "reverse finish": (
+            traffic.momentum_reverse_finish(tableau, 6).rows,
+            lambda: ops.momentum_reverse_finish(z, k[:5], end, v[:6], c, dt, tableau, 6, *gates, True, (), ()),
+        ),
+        "momentum dense output, 4 times": (
+            traffic.momentum_dense_output(tableau, 4).rows,
+            lambda: ops.momentum_dense_output(z, k, weights, dt, tableau, GATE),
+        ),
+        "first-order stage 5": (
+            traffic.first_order_step(tableau)[5].rows, lambda: ops.first_order_stage(rows[0], k[:6], dt, tableau, 5, ())
+        ),
+        "first-order finish": (
+            traffic.first_order_finish(tableau).rows,
+            lambda: ops.first_order_finish(rows[0], k, dt, tol, tol, tableau, ()),
+        ),
+        "first-order reverse stage 0": (
+            traffic.first_order_reverse_stage(tableau, 0, 6).rows,
+            lambda: ops.first_order_reverse_stage(rows[0], v[:5], dt, tableau, 6, None),
+        ),
+    }  # fmt: skip
+
+
+class _Ops:
+    """The operators' launchers by name."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return dispatch._load(name, True)
+
+
+def bandwidth(scale: Scale) -> dict[str, Any]:
+    """Bytes a second of each kernel over those of a copy, by size and dtype."""
+    copied = copy_bandwidth(scale)
+    found: dict[str, Any] = {"copy_bytes_per_second": copied}
+    sizes = [(n, torch.float32) for n in scale.rows]
+    sizes += [(scale.large, dtype) for dtype in (torch.float64, torch.bfloat16)]
+    for n, dtype in sizes:
+        itemsize = torch.empty(0, dtype=dtype).element_size()
+        for name, (rows, call) in launches(n, dtype).items():
+            moved = rows * n * itemsize
+            found[f"{name}, {str(dtype).removeprefix('torch.')}, {n}"] = moved / seconds(call, scale) / copied
+        if GPU:
+            torch.cuda.empty_cache()
+    return found
+
+
+# --- latency
+
+
+def latency(scale: Scale) -> dict[str, Any]:
+    """Microseconds of one dopri5 step's launches on a small state: one by one, and replayed as a graph; and of a field
+    call and of a launch of nothing, both from the host."""
+    calls = list(launches(scale.batch * 64, torch.float32).values())[:4]
+
+    def step() -> None:
+        for _, call in calls:
+            call()
+
+    step()
+    problem = problem_on(DEVICE, torch.float32, scale.batch)
+    t = torch.tensor(T0, device=DEVICE)
+    one = torch.zeros(1, device=DEVICE)
+    with torch.no_grad():
+        found = {
+            "launches": 1e6 * wall(step, scale),
+            "field": 1e6 * wall(lambda: problem.field(t, problem.h0), scale),
+            "smallest torch operator": 1e6 * wall(lambda: one.add_(1), scale),
+        }
+    if GPU:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        found["graph replay"] = 1e6 * wall(graph.replay, scale)
+    return found
+
+
+def wall(call: Callable[[], object], scale: Scale) -> float:
+    """Seconds of a call from the host's side, the device's end of a long row of them included."""
+    repeats = 200 if GPU else 1
+    found = []
+    for _ in range(5 if GPU else 1):
+        _synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        _synchronize()
+        found.append((time.perf_counter() - start) / repeats)
+    return statistics.median(found)
+
+
+def _synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+# --- whole solves
+
+
+class Cheap(nn.Module):
+    """A field that is one pass over the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        return torch.sin(self.weight * h)
+
+
+def solves(scale: Scale) -> dict[str, Any]:
+    """Milliseconds and kernels of solves, forward and with a backward pass, ours and torchdiffeq's, by size."""
+    small = problem_on(DEVICE, torch.float32, scale.batch)
+    n = scale.large // 64
+    h0 = torch.randn(n, 64, device=DEVICE).requires_grad_()
+    large = Problem(Cheap().to(DEVICE), h0, torch.randn(n, 64, device=DEVICE) / n)  # type: ignore[arg-type]
+    return {name: compare(problem, scale, name == "small") for name, problem in (("small", small), ("large", large))}
+
+
+def compare(problem: Problem, scale: Scale, backpropagation: bool) -> dict[str, Any]:
+    peer = TorchdiffeqSystem(problem.field)
+    tolerances: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE}
+    ours = {gradient: layer(problem, gradient) for gradient in ("discrete", "adjoint")}
+
+    def plain(solve: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with path(False):
+                return solve()
+
+        return run
+
+    def forward(solve: Callable[[Tensor], object]) -> Callable[[], object]:
+        return torch.no_grad()(lambda: solve(problem.h0.detach()))
+
+    def train(solve: Callable[..., Tensor], **options: Any) -> Callable[[], object]:
+        return lambda: problem.gradients(solve(problem.h0, **options))
+
+    contenders = {
+        "forward": forward(ours["discrete"]),
+        "forward, plain torch": plain(forward(ours["discrete"])),
+        "forward, odeint": forward(lambda h0: peer.solve(h0, **tolerances)),
+        "train, discrete": train(ours["discrete"]),
+        "train, adjoint": train(ours["adjoint"]),
+        "train, discrete, plain torch": plain(train(ours["discrete"])),
+        "train, odeint_adjoint": train(peer.solve, adjoint=True, **tolerances),
+    }
+    if backpropagation:
+        contenders["train, odeint"] = train(peer.solve, **tolerances)
+    times = interleave(contenders, scale.rounds)
+    kernels = {name: count_kernels(call) for name, call in contenders.items()}
+    contenders["forward"]()
+    steps = ours["discrete"].stats
+    peer.accepted = peer.rejected = 0
+    contenders["forward, odeint"]()
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+    return {
+        "elements": problem.h0.numel(),
+        "stats": asdict(steps),
+        "steps_of_torchdiffeq": [peer.accepted, peer.rejected],
+        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        "kernels": kernels,
+        "ratios": {
+            f"{a} / {b}": ratio(a, b)
+            for a, b in itertools.product(times, times)
+            if a != b and a.split(",")[0] == b.split(",")[0] and ("odeint" in a or "plain" in a) and "odeint" not in b
+        },
+    }
+
+
+def interleave(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of each contender in each round, in an order drawn anew."""
+    order, shuffle = list(contenders), random.Random(0).shuffle
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 2):
+        shuffle(order)
+        for name in order:
+            _synchronize()
+            start = time.perf_counter()
+            contenders[name]()
+            _synchronize()
+            if number >= 2 or rounds == 1:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
+def count_kernels(call: Callable[[], object]) -> int | None:
+    """Kernels that a call launches, copies left out."""
+    if not GPU:
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in events)
+
+
+# --- report
+
+
+def parts(scale: Scale) -> dict[str, Callable[[], dict[str, Any]]]:
+    everywhere = {
+        "accuracy": lambda: accuracy(scale),
+        "bandwidth": lambda: bandwidth(scale),
+        "latency": lambda: latency(scale),
+        "solves": lambda: solves(scale),
+    }
+    if not GPU:
+        return everywhere
+    checks = {
+        "tests": run_tests, "memcheck": lambda: sanitize("memcheck"), "racecheck": lambda: sanitize("racecheck")
+    }  # fmt: skip
+    return everywhere | checks
+
+
+def lines(found: dict[str, Any]) -> list[Line]:
+    """The table: what is aimed at, and what says most of the rest."""
+    rows = []
+    if "tests" in found:
+        tests = found["tests"]
+        bad = len(tests["failures"]) + len(tests["broken"])
+        rows.append(Line("tests that failed", bad, ("<=", 0), f"of {tests['collected']}"))
+    for tool in ("memcheck", "racecheck"):
+        one = found.get(tool, {})
+        if "exit" in one:
+            rows.append(Line(f"compute-sanitizer {tool}, exit status", one["exit"], ("<=", 0), one["said"]))
+    for name, one in found.get("accuracy", {}).items():
+        target = {"float64": 1e-8, "float32": 1e-3}.get(name.split()[0])
+        rows.append(Line(f"relative error, {name}", one["error"], ("<=", target) if target else None))
+        rows.append(Line(f"of the gradients, {name}", one["gradient_error"], ("<=", target) if target else None))
+    bandwidths = dict(found.get("bandwidth", {}))
+    if bandwidths:
+        rows.append(Line("copy bandwidth, TB/s", bandwidths.pop("copy_bytes_per_second") / 1e12))
+    for name, value in bandwidths.items():
+        wanted = int(name.split(", ")[-1]) >= 1 << 24 and "float32" in name and ("stage" in name or "finish" in name)
+        rows.append(Line(f"{name}: bandwidth over a copy's", value, (">=", 0.85) if wanted else None))
+    for name, value in found.get("latency", {}).items():
+        rows.append(Line(f"small state, µs: {name}", value))
+    goals = {("small", "forward, odeint / forward"): 10.0, ("large", "forward, odeint / forward"): 5.0}
+    for size, one in found.get("solves", {}).items():
+        for name, value in one["ratios"].items():
+            goal = goals.get((size, name))
+            rows.append(Line(f"{size} state, time of {name}", value, (">=", goal) if goal else None))
+    return rows
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if GPU else "no GPU"
+
+
+def driver() -> str:
+    if not GPU:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU under triton's interpreter")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts alone")
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/<gpu>-<date>.json)")
+    parser.add_argument("--small-run", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not GPU and not options.rehearse:
+        parser.error("torch sees no CUDA device; --rehearse runs the script without one")
+    torch.manual_seed(0)
+    if options.small_run:
+        small_run()
+        return 0
+    began, found, failed = time.monotonic(), {}, {}
+    durations = {}
+    with path(True):
+        for name, part in parts(TINY if options.rehearse else FULL).items():
+            if options.only and name not in options.only:
+                continue
+            start = time.monotonic()
+            try:
+                found[name] = part()
+            except Exception:  # the others still run, and what failed is said
+                failed[name] = traceback.format_exc()
+                print(f"{name} failed:\n{failed[name]}")
+            durations[name] = round(time.monotonic() - start, 1)
+            print(f"{name}: {durations[name]} s", flush=True)
+    header = {
+        "gpu": gpu_name(),
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "versions": versions("torch", "triton", "torchdiffeq"),
+        "date": today(),
+        "commit": commit(),
+        "seconds": durations,
+        "failed": failed,
+    }
+    rows = lines(found)
+    output = options.output
+    if output is None and not options.rehearse:
+        slug = re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
+        output = Path(__file__).parent / "results" / f"{slug}-{today()}.json"
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        printed = [asdict(row) | {"met": row.met} for row in rows]
+        output.write_text(json.dumps(header | {"table": printed} | found, indent=1, default=str) + "\n")
+    print(f"\n{header['gpu']}, driver {header['driver']}, {header['versions']}, {header['date']}")
+    if options.rehearse:
+        print("A rehearsal: every part ran as far as it says; no figure here means anything.")
+    print(table(rows))
+    print(f"{time.monotonic() - began:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
