@@ -1,4 +1,7 @@
-"""Which path a solve takes, Triton kernels or plain torch, and why. Nothing here needs to be configured.
+"""Which path a solve takes, Triton kernels or plain torch, and why.
+
+Nothing needs to be configured. NESTEROV_TRITON_KERNELS=0 in the environment, before the first solve, is for a machine on
+which Triton cannot compile.
 
 layer.stats.path             # of the last call: "kernels", or "torch: the state is on the CPU"
 nt.kernels.path(layer.system, "cuda")
@@ -31,13 +34,13 @@ class Path(NamedTuple):
 def path(system: System, device: torch.device | str, *tolerances: Tensor | float) -> Path:
     """The path of a solve of `system` with its state on `device`, at these tolerances.
 
-    Backpropagation (gradient="backprop") always takes plain torch, as do the backward passes that want gradients with
-    respect to times: `Stats.path` and `Stats.path_backward` say what became of a solve.
+    Backpropagation (gradient="backprop") always takes plain torch, as do the backward passes of "discrete" with respect
+    to times and of "adjoint" with its quadratures in the norm: `Stats.path` and `Stats.path_backward` say what became
+    of a solve.
     """
     where = torch.device(device)
     if not dispatch.runs_kernels(where):
-        reason = f"the state is on the {where.type.upper()}" if where.type != "cuda" else "triton is not installed"
-        return Path(False, reason)
+        return Path(False, dispatch.why_not(where))
     if isinstance(system, Momentum):
         for name, gate in (("gate_x", system.gate_x), ("gate_f", system.gate_f)):
             if kernel_form(gate) is None:
@@ -54,6 +57,9 @@ def available() -> str:
     triton = f"triton {importlib.metadata.version('triton')}"
     if not torch.cuda.is_available():
         return f"no: {triton} is installed, but torch sees no CUDA device"
+    reason = dispatch.why_not(torch.device("cuda", torch.cuda.current_device()))
+    if reason:
+        return f"no: {reason}"
     return f"yes: {triton} on {torch.cuda.get_device_name()}"
 
 

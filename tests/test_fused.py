@@ -190,6 +190,65 @@ def test_a_field_that_uses_its_memory_again(take, kind, options, gradient):
     assert fused[2][2:] == plain[2][2:]
 
 
+class Graphed(torch.nn.Module):
+    """A field of which nothing has memory of its own: output, what its graph keeps, and every gradient lie where those
+    of the call before did, as in a captured graph."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field, self.memory = field, {}
+
+    def forward(self, t, *features):
+        return _Graphed.apply(self, t, len(features), *features, *self.field.parameters())
+
+    def into(self, name, x):
+        return self.memory.setdefault(name, torch.empty_like(x)).copy_(x)
+
+
+class _Graphed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, module, t, n, *inputs):
+        ctx.module, ctx.n, ctx.t = module, n, t
+        kept = [module.into(f"kept {k}", x) for k, x in enumerate(inputs[:n])]
+        return module.into("output", module.field(t, *kept)).detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        module = ctx.module
+        with torch.enable_grad():
+            kept = [module.memory[f"kept {k}"].detach().requires_grad_() for k in range(ctx.n)]
+            inputs = (*kept, *module.field.parameters())
+            found = torch.autograd.grad(module.field(ctx.t, *kept), inputs, g)
+        return (None, None, None, *(module.into(f"gradient {k}", x).detach() for k, x in enumerate(found)))
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("kind", [nt.NODE, nt.SONODE, nt.GNesterovNODE])
+def test_a_field_whose_gradients_lie_in_the_same_memory(take, kind, gradient):
+    field = Field(sees_momentum=kind is nt.SONODE)
+    options = {"gradient": gradient, "rtol": 1e-5, "atol": 1e-5}
+    take("torch")
+    plain = run(kind(field, **options).double().to(DEVICE), features(3, 2))
+    take("references")
+    fused = run(kind(Graphed(field), **options).double().to(DEVICE), features(3, 2))
+    for a, b in zip([fused[0], *fused[1]], [plain[0], *plain[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_what_torch_says_of_an_output_of_its_graphs_is_understood(take):
+    """Its pointer cannot be asked for once it is gone; the step is taken again on copies."""
+    calls = itertools.count()
+
+    def field(t, h):
+        if next(calls) == 4:
+            raise RuntimeError("Error: accessing tensor output of CUDAGraphs that has been overwritten by a run.")
+        return torch.sin(h)
+
+    take("references")
+    h = features(3, 2).to(DEVICE)
+    torch.testing.assert_close(nt.HBNODE(field)(h), nt.HBNODE(lambda t, h: torch.sin(h))(h))
+
+
 class Partial(torch.nn.Module):
     """Depends on less than everything: on nothing, on the time alone, on m alone."""
 
@@ -243,14 +302,34 @@ def test_what_the_kernels_do_not_know_takes_plain_torch_and_says_why(take):
     assert paths(gradient=in_norm) == ("kernels", "torch: the parameters' quadratures are to be in the norm")
 
 
-def test_path_says_beforehand_what_a_solve_will_take(monkeypatch):
+@pytest.fixture
+def asked_anew():
+    """What a device can do is found out once."""
+    dispatch.why_not.cache_clear()
+    yield
+    dispatch.why_not.cache_clear()
+
+
+def test_path_says_beforehand_what_a_solve_will_take(monkeypatch, asked_anew):
     system = nt.systems.gnesterov(Field(), gate=torch.sin)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     assert str(nt.kernels.path(system, "cuda")) == "torch: gate_x=sin has no Triton form"
-    assert str(nt.kernels.path(nt.systems.heavy_ball(Field()), "cuda:1", 1e-3)) == "kernels"
+    assert str(nt.kernels.path(nt.systems.heavy_ball(Field()), "cuda:0", 1e-3)) == "kernels"
     assert nt.kernels.path(nt.systems.heavy_ball(Field()), "cuda", torch.ones(2)).kernels is False
+    dispatch.why_not.cache_clear()
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert str(nt.kernels.path(system, "cuda")) == "torch: triton is not installed"
+
+
+def test_kernels_can_be_switched_off_and_need_a_gpu_that_they_are_checked_for(monkeypatch, asked_anew):
+    system = nt.systems.heavy_ball(Field())
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 7.5" in nt.kernels.path(system, "cuda").reason
+    dispatch.why_not.cache_clear()
+    monkeypatch.setenv("NESTEROV_TRITON_KERNELS", "0")
+    assert str(nt.kernels.path(system, "cuda")) == "torch: NESTEROV_TRITON_KERNELS=0"
 
 
 def test_whether_kernels_can_run_here_at_all():
@@ -270,6 +349,37 @@ def test_a_field_that_is_not_finite_is_seen(take, kind, options):
         layer(features(3, 2).to(DEVICE), (1.0, 2.0))
     assert raised.value.status is nt.Status.NON_FINITE
     assert 1.0 <= raised.value.t <= 1.5
+
+
+def test_a_method_of_two_stages_keeps_its_first_slope(take):
+    """Both outputs go into the step's end: for another try, and to see what was not finite."""
+    take("references")
+    h = features(3, 2).to(DEVICE)
+    layer = nt.GNesterovNODE(lambda t, h: torch.sin(9 * h), method="adaptive_heun", first_step=0.9)
+    layer(h)
+    s = layer.stats
+    assert s.rejected
+    assert s.nfe_forward == 2 * s.accepted + s.rejected
+    layer = nt.HBNODE(lambda t, h: torch.where(t < 1.5, h, torch.nan), method="adaptive_heun", first_step=0.2)
+    with pytest.raises(nt.SolveError, match="NaN"):
+        layer(h)
+
+
+@pytest.mark.parametrize("y", [torch.randn(5, 3)[:, :1], torch.randn(10)[::2], torch.ones(1).expand(5)])
+def test_a_first_order_state_that_is_not_contiguous(take, y):
+    take("references")
+    y = y.to(DEVICE)
+    out = nt.solve(lambda t, y: -y, y, (0.0, 1.0), rtol=1e-6, atol=1e-6).final
+    torch.testing.assert_close(out, y * torch.tensor(-1.0).exp().item(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("path", ["references", "kernels"])
+def test_a_state_that_outgrows_half_precision_is_no_success(take, path):
+    take(path)
+    y = torch.tensor([60000.0, 1.0], dtype=torch.float16, device=DEVICE)
+    solution = nt.solve(lambda t, y: 30000.0 + 0 * y.tanh(), y, (0.0, 1.0), rtol=1e-2, atol=1e-2, throw=False)
+    assert solution.status is nt.Status.NON_FINITE
 
 
 def test_an_exception_of_the_field_goes_through_and_leaves_the_layer_usable(take):

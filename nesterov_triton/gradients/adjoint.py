@@ -225,15 +225,11 @@ class _WithQuadratures(ExplicitRK):
         if not dynamics.totals.params:
             return norm
 
-        sums = dynamics.quadratures
+        def flat(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([x.reshape(-1).to(z.dtype) for x in tensors])
 
-        def flat(tensors: Sequence[Tensor | None]) -> Tensor:
-            like = dynamics.totals.params
-            filled = (torch.zeros_like(p) if x is None else x for x, p in zip(tensors, like, strict=True))
-            return torch.cat([x.reshape(-1).to(z.dtype) for x in filled])
-
-        before, first = flat(dynamics.totals.params), flat(sums.first)
-        rows = [self.dt * (w[0] * first + flat(s)) for w, s in zip(sums.weights, sums.sums, strict=True)]
+        before = flat(dynamics.totals.params)
+        rows = [self.dt * flat(sums) for sums in dynamics.quadratures.sums]
         size = torch.maximum(before.abs(), (before - rows[0]).abs())
         # A tolerance that differs from element to element of the state says nothing of parameters: its smallest.
         own = [x if not isinstance(x, Tensor) else x.min() for x in (tolerance.rtol, tolerance.atol)]

@@ -29,6 +29,7 @@ from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.stepping.dense_output import dense_output
 from nesterov_triton.stepping.explicit_rk import table
+from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
 from nesterov_triton.stepping.loop import AcceptedStep
 from nesterov_triton.stepping.stepper import stage_times
 from nesterov_triton.tableaus import Tableau
@@ -71,14 +72,24 @@ class _Discrete(torch.autograd.Function):
         n = len(problem.scalars)
         flow = problem.flow_back(time_grads=needs[2], coefficient_grads=needs[2] or any(needs[3 : 3 + n]))
         path = problem.backward_path("gradients with respect to times are wanted" if needs[2] else None)
-        sweep = _sweep(path.kernels, problem.tableau, flow, problem.times.tolist())
-        adjoint = torch.zeros_like(problem.z)
+
+        def back(copies: bool) -> tuple[Sweep, Tensor]:
+            sweep = _sweep(path.kernels, problem.tableau, flow, problem.times.tolist(), copies)
+            adjoint = torch.zeros_like(problem.z)
+            for (t, t1, outputs), z in zip(reversed(ctx.spans), reversed(starts), strict=True):
+                wanted = [(k, cotangents[k - 1]) for k in outputs]
+                adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
+            sweep.finish()
+            return sweep, adjoint
+
         try:
             with problem.without_autocast(), without_hooks(problem.params):
-                for (t, t1, outputs), z in zip(reversed(ctx.spans), reversed(starts), strict=True):
-                    wanted = [(k, cotangents[k - 1]) for k in outputs]
-                    adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
-                sweep.finish()
+                try:
+                    sweep, adjoint = back(False)
+                except (Overwritten, RuntimeError) as error:
+                    if not path.kernels or not is_overwritten(error):
+                        raise
+                    sweep, adjoint = back(True)
         finally:
             problem.stats.nfe_backward += flow.network.evaluations
         totals = sweep.totals
@@ -115,10 +126,10 @@ class Sweep(Protocol):
         """Every step has been taken: bring the totals up to date."""
 
 
-def _sweep(kernels: bool, tableau: Tableau, flow: Flow, times: Sequence[float]) -> Sweep:
+def _sweep(kernels: bool, tableau: Tableau, flow: Flow, times: Sequence[float], copies: bool) -> Sweep:
     if not kernels:
         return ReverseSweep(tableau, flow, times)
-    return (FusedFirstOrderSweep if flow.rows == 1 else FusedMomentumSweep)(tableau, flow, times)
+    return (FusedFirstOrderSweep if flow.rows == 1 else FusedMomentumSweep)(tableau, flow, times, copies)
 
 
 class ReverseSweep:

@@ -23,7 +23,7 @@ from nesterov_triton.ops.first_order_stage import first_order_stage
 from nesterov_triton.ops.momentum_adjoint_finish import momentum_adjoint_finish
 from nesterov_triton.ops.momentum_adjoint_stage import momentum_adjoint_stage
 from nesterov_triton.ops.momentum_stage import momentum_stage
-from nesterov_triton.stepping.fused_rk import Outputs, Overwritten, scalar_tolerances
+from nesterov_triton.stepping.fused_rk import Held, Overwritten, is_overwritten, scalar_tolerances
 from nesterov_triton.stepping.loop import AcceptedStep
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.systems import Momentum
@@ -36,6 +36,8 @@ class Slope(NamedTuple):
     own: Tensor  # dm, or the field's output for a first-order system
     through: Tensor  # (∂f/∂h)ᵀ g
     through_m: Tensor | None  # (∂f/∂m)ᵀ g, where the field sees m
+    places: tuple[int, ...] = ()  # where the last two lie, if they are held as they came
+    own_place: int = 0  # and the first
 
 
 class FusedAdjoint:
@@ -52,7 +54,7 @@ class FusedAdjoint:
 
     def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, totals: Totals) -> None:
         self.tableau, self.flow, self.tolerance, self.totals = tableau, flow, tolerance, totals
-        self.outputs = Outputs(flow)
+        self.outputs, self.pulled = Held(), Held()
         self.quadratures = ParameterQuadratures(tableau, totals)
         self._rtol, self._atol = scalar_tolerances(tolerance, flow.device)
         self._first: Slope | None = None
@@ -61,7 +63,9 @@ class FusedAdjoint:
 
     def first_derivative(self, t: float, z: Tensor) -> Tensor:
         """The right-hand side at the start, [2 D]; kept for the first step."""
-        derivative, self._first = self._derivative(t, z, 0)
+        derivative, first = self._derivative(t, z, 0)
+        copies = [None if x is None else x.clone() for x in (first.through, first.through_m)]
+        self._first = Slope(first.own.clone(), *copies)  # type: ignore[arg-type]
         return derivative
 
     def probe(self, t: float, z: Tensor) -> Tensor:
@@ -73,10 +77,15 @@ class FusedAdjoint:
         """(z, a) after one step from t to t1, [2 D], freshly allocated."""
         packet = self.flow.packet(stage_times(t, t1, self.tableau.c), t1 - t)
         self.quadratures.begin()
+        self._release(self._first)
         try:
             z1 = self._step(packet, z)
-        except Overwritten:  # the slope at the start may have been, too
-            self._first = None
+        except (Overwritten, RuntimeError) as error:
+            if not is_overwritten(error):
+                raise
+            # Copies from now on, and one stage after the other: what a field's graph keeps may be used again, too.
+            self.outputs.copies = self.pulled.copies = True
+            self._first = None  # may have been overwritten
             self.quadratures.begin()
             z1 = self._step(packet, z)
         self._first = self._slopes[0]  # for another try
@@ -93,7 +102,8 @@ class FusedAdjoint:
     def starts_finite(self) -> bool:
         """Whether the derivative that the step just taken started with is finite."""
         first = self._slopes[0]
-        return all(bool(torch.isfinite(x).all()) for x in first if x is not None)
+        rows = (first.own, first.through, first.through_m)
+        return all(bool(torch.isfinite(x).all()) for x in rows if x is not None)
 
     def accept(self) -> None:
         """Go on from the state that the step just taken gave."""
@@ -125,11 +135,16 @@ class FusedAdjoint:
         """The step; leaves its slopes and its error."""
         raise NotImplementedError
 
-    def _evaluate(self, packet: Packet, i: int, held: Sequence[Tensor], *features: Tensor) -> tuple[Evaluation, Tensor]:
-        evaluation, u = self.outputs.taped(packet.t[i], *features, held=held)
+    def _release(self, first: Slope | None = None) -> None:
+        """Nothing is held any more, but the slope at the start."""
+        self.outputs.release(first.own_place if first else 0)
+        self.pulled.release(*(first.places if first else ()))
+
+    def _evaluate(self, packet: Packet, i: int, *features: Tensor) -> tuple[Evaluation, Tensor]:
+        evaluation = self.flow.network.taped(packet.t[i], *(x.view(self.flow.shape) for x in features))
         if i <= 1:  # once an attempt at least: a field may use a tensor at some times only
             check_leaves(self.flow, evaluation)
-        return evaluation, u
+        return evaluation, self.outputs.keep(evaluation.u.reshape(-1))
 
     def _slope(self, i: int | None, own: Tensor, evaluation: Evaluation, g: Tensor) -> Slope:
         """The slope of stage `i` by the field's vector-Jacobian product with `g`, [N]."""
@@ -137,8 +152,11 @@ class FusedAdjoint:
         through, _, grads = evaluation.pullback(g, self.flow.params if wanted else ())
         if i is not None:
             self.quadratures.add(i, grads)
-        v, *w = (torch.zeros_like(g) if x is None else x.contiguous() for x in through)
-        return Slope(own, v, *(w or (None,)))
+        rows, places = [], []
+        for v in through:
+            rows.append(torch.zeros_like(g) if v is None else self.pulled.keep(v))
+            places.append(0 if v is None else self.pulled.place)
+        return Slope(own, rows[0], rows[1] if len(rows) > 1 else None, tuple(places))
 
 
 class FusedMomentumAdjoint(FusedAdjoint):
@@ -149,11 +167,15 @@ class FusedMomentumAdjoint(FusedAdjoint):
         system = flow.system
         assert isinstance(system, Momentum)
         self.gates, self.sees_momentum = (system.gate_x, system.gate_f), system.sees_momentum
-        self.ahead = 1 if self.sees_momentum else 2
         # ∫⟨h, a_m⟩ and ∫⟨m, a_m⟩, on the device until all steps are done.
         self._scalars = torch.zeros(2, dtype=torch.float64, device=flow.device)
         self._wants_scalars = flow.coefficient_grads and bool(flow.scalars)
         self._of_step: Tensor | None = None
+
+    @property
+    def ahead(self) -> int:
+        """How many stages are evaluated at once."""
+        return 1 if self.sees_momentum or self.outputs.copies else 2
 
     def on_accept(self, step: AcceptedStep) -> None:
         super().on_accept(step)
@@ -165,11 +187,12 @@ class FusedMomentumAdjoint(FusedAdjoint):
             self.totals.add_scalars(self._scalars)
 
     def _derivative(self, t: float, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
+        self._release()
         packet = self.flow.packet((t, t), 0.0)
         state, adjoint = z.view(2, -1).unbind(0)
         c, dt = packet.coefficients, packet.dt
         first = momentum_stage([], state, [], c, dt, self.tableau, *self.gates, 1, self.sees_momentum)
-        evaluation, u = self._evaluate(packet, 0, (), *first.h, *(() if first.m is None else (first.m,)))
+        evaluation, u = self._evaluate(packet, 0, *first.h, *(() if first.m is None else (first.m,)))
         done = momentum_adjoint_stage([u], state, [], adjoint, [], c, dt, self.tableau, *self.gates, 0)
         (own,), (g,) = done.slopes, done.cotangents
         slope = self._slope(stage, own, evaluation, g)
@@ -196,10 +219,9 @@ class FusedMomentumAdjoint(FusedAdjoint):
             evaluations: list[Evaluation] = []
             outputs: list[Tensor] = []
             known = len(slopes)
+            self.outputs.release()
             for features in h:
-                evaluation, u = self._evaluate(
-                    packet, known + len(outputs), outputs, features, *(() if m is None else (m,))
-                )
+                evaluation, u = self._evaluate(packet, known + len(outputs), features, *(() if m is None else (m,)))
                 evaluations.append(evaluation)
                 outputs.append(u)
             ahead = min(self.ahead, tableau.stages - known - len(outputs))
@@ -227,26 +249,28 @@ class FusedFirstOrderAdjoint(FusedAdjoint):
     """Steps of (y, a), [2 N], with y' = f(t, y) and a' = -(∂f/∂y)ᵀ a."""
 
     def _derivative(self, t: float, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
-        slope = self._at(self.flow.packet((t,), 0.0), 0, z, stage, ())
-        slope = slope._replace(own=slope.own.clone())
+        self._release()
+        slope = self._at(self.flow.packet((t,), 0.0), 0, z, stage)
         return torch.cat((slope.own, -slope.through)), slope
 
     def _step(self, packet: Packet, z: Tensor) -> Tensor:
         dt, tableau = packet.dt, self.tableau
-        slopes = [self._at(packet, 0, z, 0, ()) if self._first is None else self._first]
+        slopes = [self._at(packet, 0, z, 0) if self._first is None else self._first]
         own, through = [slopes[0].own], [slopes[0].through]
         z1 = z
         for i in range(tableau.stages - 1):
             z1 = first_order_stage(z, own, dt, tableau, i, through)
-            slopes.append(self._at(packet, i + 1, z1, i + 1, own))
+            slopes.append(self._at(packet, i + 1, z1, i + 1))
             own.append(slopes[-1].own)
             through.append(slopes[-1].through)
         finish = first_order_finish(z, own, dt, self._rtol, self._atol, tableau, through)
         self._slopes, self._error = slopes, finish.error
         return z1 if finish.y is None else finish.y
 
-    def _at(self, packet: Packet, i: int, z: Tensor, stage: int | None, held: Sequence[Tensor]) -> Slope:
+    def _at(self, packet: Packet, i: int, z: Tensor, stage: int | None) -> Slope:
         """The slope at the stage `i` of the packet and the state `z`, counted as `stage`."""
         y, adjoint = z.view(2, -1).unbind(0)
-        evaluation, u = self._evaluate(packet, i, held, y)
-        return self._slope(stage, u, evaluation, adjoint)
+        evaluation, u = self._evaluate(packet, i, y)
+        place = self.outputs.place
+        slope = self._slope(stage, u, evaluation, adjoint)
+        return slope._replace(own_place=place)

@@ -22,7 +22,7 @@ from nesterov_triton.ops.momentum_reverse_finish import momentum_reverse_finish
 from nesterov_triton.ops.momentum_reverse_stage import momentum_reverse_stage
 from nesterov_triton.ops.momentum_stage import momentum_stage
 from nesterov_triton.stepping.dense_output import dense_output
-from nesterov_triton.stepping.fused_rk import Outputs, Overwritten
+from nesterov_triton.stepping.fused_rk import Held
 from nesterov_triton.stepping.stepper import stage_times
 from nesterov_triton.systems import Momentum
 from nesterov_triton.tableaus import Tableau
@@ -35,14 +35,16 @@ class FusedSweep:
         tableau: the method.
         flow: the system, bound for a backward pass.
         times: the requested times.
+        copies: for a field that uses its memory again: copy what it returns, and evaluate a stage once more right
+            before its pullback, since what its graph has kept is gone, too.
     """
 
     times: Tensor | None = None
 
-    def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float]) -> None:
-        self.tableau, self.flow, self.requested = tableau, flow, times
+    def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float], copies: bool = False) -> None:
+        self.tableau, self.flow, self.requested, self.copies = tableau, flow, times, copies
         self.totals = Totals(flow)
-        self.outputs = Outputs(flow)
+        self.outputs, self.pulled = Held(copies), Held(copies)
         self._dense = dense_output(tableau)
 
     def step(self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> Tensor:
@@ -50,6 +52,9 @@ class FusedSweep:
 
         Args:
             outputs: (index of the requested time in (t, t1], cotangent [D]).
+
+        Raises:
+            Overwritten: without `copies` the field needs them; the sweep is spoiled.
         """
         inside = [(self.requested[k], g) for k, g in outputs if self.requested[k] != t1]
         end = sum((g for k, g in outputs if self.requested[k] == t1), adjoint)
@@ -59,13 +64,13 @@ class FusedSweep:
         seeds: Sequence[Tensor] = ()
         if inside:
             # Weighted sums one by one: a matrix product may run in TF32, where so configured.
-            weights = torch.stack([self._dense.weights((time - t) / (t1 - t)) for time, _ in inside], dim=1).to(z)
+            weights = torch.stack([self._dense.weights((time - t) / (t1 - t)) for time, _ in inside], dim=1)
+            weights = weights.to(z.device, z.dtype, non_blocking=True)
             columns = torch.stack([g for _, g in inside], dim=1)
             seeds = [torch.mv(columns, w) for w in weights.unbind(0)]
-        try:
-            start = self._step(packet, z, end, stages, seeds)
-        except Overwritten:
-            start = self._step(packet, z, end, stages, seeds)
+        self.outputs.release()
+        self.pulled.release()
+        start = self._step(packet, z, end, stages, seeds)
         return sum((g for _, g in inside), start)
 
     def finish(self) -> None:
@@ -74,24 +79,26 @@ class FusedSweep:
     def _step(self, packet: Packet, z: Tensor, end: Tensor, stages: int, seeds: Sequence[Tensor]) -> Tensor:
         raise NotImplementedError
 
-    def _evaluate(self, packet: Packet, i: int, held: Sequence[Tensor], *features: Tensor) -> tuple[Evaluation, Tensor]:
-        evaluation, u = self.outputs.taped(packet.t[i], *features, held=held)
-        if i == 0:  # at every step: a field may use a tensor at some times only
+    def _evaluate(self, t: Tensor, first: bool, *features: Tensor) -> tuple[Evaluation, Tensor]:
+        evaluation = self.flow.network.taped(t, *(x.view(self.flow.shape) for x in features))
+        if first:  # at every step: a field may use a tensor at some times only
             check_leaves(self.flow, evaluation)
-        return evaluation, u
+        return evaluation, self.outputs.keep(evaluation.u.reshape(-1))
 
-    def _through(self, evaluation: Evaluation, g: Tensor) -> list[Tensor]:
-        """The features' cotangents, [N] each; the parameters' go into the totals at once."""
+    def _through(self, t: Tensor, evaluation: Evaluation, g: Tensor) -> list[Tensor]:
+        """The features' cotangents at the stage time `t`, [N] each; the parameters' go into the totals at once."""
+        if self.copies:
+            evaluation = self.flow.network.taped(t, *evaluation.leaves)
         through, _, grads = evaluation.pullback(g, self.flow.params)
         accumulate(self.totals.params, grads)
-        return [torch.zeros_like(g) if v is None else v.contiguous() for v in through]
+        return [torch.zeros_like(g) if v is None else self.pulled.keep(v) for v in through]
 
 
 class FusedMomentumSweep(FusedSweep):
     """Transposed steps of a momentum system."""
 
-    def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float]) -> None:
-        super().__init__(tableau, flow, times)
+    def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float], copies: bool = False) -> None:
+        super().__init__(tableau, flow, times, copies)
         system = flow.system
         assert isinstance(system, Momentum)
         self.gates, self.sees_momentum = (system.gate_x, system.gate_f), system.sees_momentum
@@ -117,7 +124,7 @@ class FusedMomentumSweep(FusedSweep):
             group = []
             for h in stage.h:
                 features = (h,) if stage.m is None else (h, stage.m)
-                evaluation, u = self._evaluate(packet, len(held), held, *features)
+                evaluation, u = self._evaluate(packet.t[len(held)], not held, *features)
                 evaluations.append(evaluation)
                 group.append(u)
                 held.append(u)
@@ -132,7 +139,7 @@ class FusedMomentumSweep(FusedSweep):
             for g in reversed(reverse.cotangents):
                 held.pop()
                 # Popped, so that the stage's graph goes when it has been used.
-                found.append(self._through(evaluations.pop(), g))
+                found.append(self._through(packet.t[len(held)], evaluations.pop(), g))
             through = [*(v for v, *_ in reversed(found)), *through]
             if self.sees_momentum:
                 through_m = [*(w for _, w in reversed(found)), *through_m]
@@ -154,11 +161,11 @@ class FusedFirstOrderSweep(FusedSweep):
         evaluations: list[Evaluation] = []
         for i in range(stages):
             y = first_order_stage(z, slopes, dt, tableau, i - 1) if i else z
-            evaluation, u = self._evaluate(packet, i, slopes, y)
+            evaluation, u = self._evaluate(packet.t[i], i == 0, y)
             evaluations.append(evaluation)
             slopes.append(u)
         through: list[Tensor] = []
         for i in reversed(range(stages)):
             g = first_order_reverse_stage(end, through, dt, tableau, stages, seeds[i] if seeds else None)
-            through = [*self._through(evaluations.pop(), g), *through]
+            through = [*self._through(packet.t[i], evaluations.pop(), g), *through]
         return first_order_reverse_finish(end, through)

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nesterov_triton.gradients.totals import Totals, accumulate, zeros_for
+from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.tableaus import Tableau
 
 
 class ParameterQuadratures:
     """∫ g dt for the parameters' cotangents g_i of a step's stages, each as large as the network.
 
-    Of the g_i only sums are kept, Σ_{i>0} w_i g_i for the method's weights (and for its error rows, if they are
-    wanted), besides the first stage's, and an FSAL stage's, which is the next step's first.
-    These two are held as they come: they may lie in the state of their stage, which is an accepted one and stays.
+    Of the g_i only sums are kept, Σ w_i g_i for the method's weights (and for its error rows, if they are wanted), and
+    a copy of an FSAL stage's, which is the next step's first.
 
     Args:
         tableau: the method.
@@ -26,38 +25,47 @@ class ParameterQuadratures:
 
     def __init__(self, tableau: Tableau, totals: Totals, with_errors: bool = False) -> None:
         self.tableau, self.totals = tableau, totals
-        params = totals.flow.params
         self.weights = (tableau.b, *tableau.error) if with_errors else (tableau.b,)
-        self.sums = [zeros_for(params) for _ in self.weights]
-        self.first: Sequence[Tensor | None] = ()
-        self._next: Sequence[Tensor | None] = ()
+        self.sums: list[list[Tensor]] = []
+        self._first: list[Tensor] = []
+        self._next: list[Tensor] = []
 
     def begin(self) -> None:
         """A step is tried, from a state whose first stage may be known."""
-        for sums in self.sums:
-            if sums:
-                torch._foreach_zero_(sums)
+        self._start(self._first)
 
     def wants(self, i: int) -> bool:
         """Whether stage `i` counts."""
         return i == 0 or self._is_next(i) or any(w[i] != 0 for w in self.weights)
 
     def add(self, i: int, found: Sequence[Tensor | None]) -> None:
-        """The cotangents of stage `i`, as Flow.params; none where it does not count."""
+        """The cotangents of stage `i`, as Flow.params; none where it does not count. They are not needed after."""
+        if not found:
+            return
         if i == 0:
-            self.first = found
-        elif found:
-            if self._is_next(i):
-                self._next = found
-            for weights, sums in zip(self.weights, self.sums, strict=True):
-                accumulate(sums, found, weights[i])
+            self._first = self._scaled(found, 1.0)
+            self._start(self._first)
+            return
+        if self._is_next(i):
+            self._next = self._scaled(found, 1.0)
+        for weights, sums in zip(self.weights, self.sums, strict=True):
+            accumulate(sums, found, weights[i])
 
     def accept(self, dt: float) -> None:
         """The step, of size `dt`, is accepted."""
-        accumulate(self.totals.params, self.first, -dt * self.tableau.b[0])
-        accumulate(self.totals.params, self.sums[0], -dt)
-        if self.tableau.fsal:
-            self.first = self._next
+        if self.totals.params:
+            accumulate(self.totals.params, self.sums[0], -dt)
+            self._first = self._next
+
+    def _start(self, first: Sequence[Tensor]) -> None:
+        """The sums of the first stage alone."""
+        if first:
+            self.sums = [self._scaled(first, w[0]) for w in self.weights]
+
+    def _scaled(self, found: Sequence[Tensor | None], weight: float) -> list[Tensor]:
+        """weight · found, in memory of its own and in at least float32; where None stands for zeros."""
+        full = zip(self.totals.params, found, strict=True)
+        return list(torch._foreach_mul([torch.zeros_like(p) if g is None else g.to(p.dtype) for p, g in full], weight))
 
     def _is_next(self, i: int) -> bool:
         return self.tableau.fsal and i == self.tableau.stages - 1

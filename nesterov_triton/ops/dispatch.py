@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from nesterov_triton.tableaus import TABLEAUS, Tableau
 
+SWITCH = "NESTEROV_TRITON_KERNELS"  # in the environment: 0 for plain torch, whatever the device
+OLDEST = (8, 0)  # compute capability that the kernels are compiled and checked for
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -24,9 +28,25 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def why_not(device: torch.device) -> str:
+    """Why operators on tensors of this device run their torch reference; empty where they run Triton kernels."""
+    if device.type != "cuda":
+        return f"the state is on the {device.type.upper()}"
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    if not has_triton():
+        return "triton is not installed"
+    if torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return f"the GPU is of compute capability {capability[0]}.{capability[1]}, and kernels need 8.0"
+    return ""
+
+
 def runs_kernels(device: torch.device) -> bool:
     """Whether operators on tensors of this device run Triton kernels rather than their torch reference."""
-    return device.type == "cuda" and has_triton()
+    return not why_not(device)
 
 
 def implementation(op: str, like: Tensor) -> Callable[..., Any]:

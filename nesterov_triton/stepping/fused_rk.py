@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from nesterov_triton.flow import Flow, Packet
-from nesterov_triton.network import Evaluation
 from nesterov_triton.ops.first_order_dense_output import first_order_dense_output
 from nesterov_triton.ops.first_order_finish import first_order_finish
 from nesterov_triton.ops.first_order_stage import first_order_stage
@@ -27,51 +26,55 @@ from nesterov_triton.tableaus import Tableau
 
 
 class Overwritten(Exception):
-    """A field has returned memory in which an earlier output, still needed, was."""
+    """A field has returned memory in which something still needed was."""
 
 
-class Outputs:
-    """A field's evaluations whose outputs stay as they are while they are needed.
+def is_overwritten(error: Exception) -> bool:
+    """Whether an error says that a field has overwritten what is still needed; torch's own message, of outputs of its
+    CUDA graphs, included."""
+    return isinstance(error, Overwritten) or (isinstance(error, RuntimeError) and "output of CUDAGraphs" in str(error))
 
-    A field may hand out the same memory every time (a captured graph does). Copies of everything would cost what the
-    kernels save, so outputs are held as they are, and compared by address: the first time that one lies where another
-    is still held, `Overwritten` says so, and from then on all are copied.
+
+class Held:
+    """Rows that a field, or its vector-Jacobian product, has returned, and that must stay as they are for a while.
+
+    It may hand out the same memory every time (a captured graph does). Copies of everything would cost what the kernels
+    save, so rows are held as they come, and their addresses compared: the first time that one lies where another is
+    still held, `Overwritten` says so, and from then on all are copied.
+
+    Attributes:
+        copies: whether rows are copied.
+        place: the address of the last one, 0 where it is a copy.
     """
 
-    def __init__(self, flow: Flow) -> None:
-        self.flow = flow
-        self._copies = False
+    def __init__(self, copies: bool = False) -> None:
+        self.copies = copies
+        self.place = 0
+        self._places: set[int] = set()
 
-    def __call__(self, t: Tensor, *features: Tensor, held: Sequence[Tensor] = ()) -> Tensor:
-        """The field's output at time `t`, flat, [N], contiguous.
+    def release(self, *places: int) -> None:
+        """Nothing is held any more, but what lies at `places`."""
+        self._places = {place for place in places if place}
 
-        Raises:
-            Overwritten: it lies in the memory of one of `held`.
-        """
-        flow = self.flow
-        u = flow.network(t, *(x.view(flow.shape) for x in features)).detach().reshape(-1)
-        return self.keep(u, held)
-
-    def taped(self, t: Tensor, *features: Tensor, held: Sequence[Tensor] = ()) -> tuple[Evaluation, Tensor]:
-        """The same with the field's graph kept."""
-        flow = self.flow
-        evaluation = flow.network.taped(t, *(x.view(flow.shape) for x in features))
-        return evaluation, self.keep(evaluation.u.detach().reshape(-1), held)
-
-    def keep(self, u: Tensor, held: Sequence[Tensor]) -> Tensor:
-        """The output `u`, [N], as it is or copied.
+    def keep(self, row: Tensor) -> Tensor:
+        """The row, [N], contiguous, as it is or copied.
 
         Raises:
-            Overwritten: it lies in the memory of one of `held`.
+            Overwritten: it lies in the memory of another one.
         """
-        if self._copies:
-            return u.clone()
-        if held and u.numel():
-            place = u.untyped_storage().data_ptr()
-            if any(place == other.untyped_storage().data_ptr() for other in held):
-                self._copies = True
-                raise Overwritten
-        return u.contiguous()
+        row = row.detach()
+        self.place = 0
+        if self.copies:
+            return row.clone(memory_format=torch.contiguous_format)
+        if not row.is_contiguous():
+            return row.contiguous()
+        self.place = row.untyped_storage().data_ptr()
+        if self.place in self._places:
+            self.copies = True
+            raise Overwritten
+        if self.place:
+            self._places.add(self.place)
+        return row
 
 
 class FusedRK:
@@ -88,7 +91,7 @@ class FusedRK:
 
     def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, *, dense: bool = False) -> None:
         self.tableau, self.flow, self.tolerance, self.dense = tableau, flow, tolerance, dense
-        self.outputs = Outputs(flow)
+        self.outputs = Held()
         self._rtol, self._atol = scalar_tolerances(tolerance, flow.device)
         self._first: Tensor | None = None  # slope at the state to go on from: dm, [N], or the field's output
         self._last: Tensor | None = None  # slope at the end of the step just taken, for FSAL methods
@@ -113,8 +116,11 @@ class FusedRK:
         self._packet = self.flow.packet(stage_times(t, t1, nodes), t1 - t)
         try:
             z1 = self._step(self._packet, z)
-        except Overwritten:  # the slope at the start may have been, too
-            self._first = None
+        except (Overwritten, RuntimeError) as error:
+            if not is_overwritten(error):
+                raise
+            self.outputs.copies = True
+            self._first = None  # the slope at the start may have been overwritten, too
             z1 = self._step(self._packet, z)
         if self._slopes:  # of one stage not even that is kept
             self._first = self._slopes[0]  # for another try
@@ -148,8 +154,13 @@ class FusedRK:
         needed = dense_output(self.tableau)
         if len(self._slopes) < needed.stages:
             self._add_slopes(self._packet, z, needed.stages)
-        weights = torch.stack([needed.weights((time - t) / (t1 - t)) for time in times]).to(z.device)
+        weights = torch.stack([needed.weights((time - t) / (t1 - t)) for time in times]).to(z.device, non_blocking=True)
         return self._dense_output(self._packet, z, weights).unbind(0)
+
+    def _output(self, t: Tensor, *features: Tensor) -> Tensor:
+        """The field's output, [N], held."""
+        shape = self.flow.shape
+        return self.outputs.keep(self.flow.network(t, *(x.view(shape) for x in features)).reshape(-1))
 
     def _derivative(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
         """The right-hand side, [D], and its slope as the first of a step."""
@@ -191,7 +202,8 @@ class FusedMomentumRK(FusedRK):
         while len(slopes) + len(outputs) < tableau.stages:
             left = tableau.stages - len(slopes) - len(outputs)
             outputs = self._evaluate(packet, z, slopes, outputs, min(self.ahead, left))
-        keep = len(outputs) if self.dense else int(tableau.fsal)
+        # The first slope is wanted for another try, too.
+        keep = len(outputs) if self.dense or (tableau.adaptive and not slopes) else int(tableau.fsal)
         with torch.no_grad():
             finish = momentum_finish(
                 outputs, z, slopes, packet.coefficients, packet.dt, self._rtol, self._atol, tableau, self.gate_x,
@@ -219,10 +231,11 @@ class FusedMomentumRK(FusedRK):
         """The field's outputs at the `ahead` stages after those of `outputs`, whose slopes are appended to `slopes`."""
         with torch.no_grad():
             stage = self._stage(packet, z, slopes, outputs, ahead)
+        self.outputs.release()
         found: list[Tensor] = []
         for h in stage.h:
             features = (h,) if stage.m is None else (h, stage.m)
-            found.append(self.outputs(packet.t[len(slopes) + len(found)], *features, held=found))
+            found.append(self._output(packet.t[len(slopes) + len(found)], *features))
         return found
 
     def _stage(self, packet: Packet, z: Tensor, slopes: list[Tensor], outputs: Sequence[Tensor], ahead: int) -> Stage:
@@ -238,13 +251,31 @@ class FusedMomentumRK(FusedRK):
 class FusedFirstOrderRK(FusedRK):
     """Steps of y' = f(t, y). Its slopes are the field's outputs themselves."""
 
+    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, *, dense: bool = False) -> None:
+        super().__init__(tableau, flow, tolerance, dense=dense)
+        self._places = [0]  # where the slopes of the step just taken lie
+        self._first_place = 0
+
+    def accept(self) -> None:
+        super().accept()
+        self._first_place = self._places[self.tableau.stages - 1] if self.tableau.fsal else 0
+
     def _derivative(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
-        u = self.outputs(self.flow.packet((t,), 0.0).t[0], z).clone()
+        self.outputs.release()
+        u = self._output(self.flow.packet((t,), 0.0).t[0], z).clone()
+        self._first_place = 0
         return u, u
 
     def _step(self, packet: Packet, z: Tensor) -> Tensor:
         tableau = self.tableau
-        slopes = [self.outputs(packet.t[0], z) if self._first is None else self._first]
+        if self._first is None:
+            self.outputs.release()
+            slopes = [self._output(packet.t[0], z)]
+            self._first_place = self.outputs.place
+        else:
+            self.outputs.release(self._first_place)
+            slopes = [self._first]
+        self._places = [self._first_place]
         z1 = z
         for i in range(tableau.stages - 1):
             z1 = self._extend(packet, z, slopes, i)
@@ -266,12 +297,13 @@ class FusedFirstOrderRK(FusedRK):
         """Evaluate the stage after `stage` and append its slope; return its state."""
         with torch.no_grad():
             state = first_order_stage(z, slopes, packet.dt, self.tableau, stage)
-        slopes.append(self.outputs(packet.t[stage + 1], state, held=slopes))
+        slopes.append(self._output(packet.t[stage + 1], state))
+        self._places.append(self.outputs.place)
         return state
 
 
 def scalar_tolerances(tolerance: Tolerance | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """rtol and atol as float64 of one element on the device; anything for fixed steps, which look at neither."""
     given = (1.0, 1.0) if tolerance is None else (tolerance.rtol, tolerance.atol)
-    rtol, atol = (torch.as_tensor(x, dtype=torch.float64).to(device) for x in given)
+    rtol, atol = (torch.as_tensor(x, dtype=torch.float64).to(device, non_blocking=True) for x in given)
     return rtol, atol

@@ -28,9 +28,9 @@ def first_order_finish(
     """The step's end and the norm of its embedded error; with `through`, of the state and its adjoint together, as in
     `first_order_stage`.
 
-    The norm is that of `stepping.explicit_rk.error_norm`, in a fixed order of summation; it is NaN where the new state
-    or a last slope is not finite (a finite error over an infinite size would count as 0). For a fixed-step method it
-    is 0 or NaN.
+    The norm is that of `stepping.explicit_rk.error_norm`, in a fixed order of summation. It is NaN where the last slope
+    is not finite or anything new is NaN; over an infinite size an error counts as 0, so a solve must look at its end.
+    For a fixed-step method it is 0, or NaN where anything new is not finite.
 
     Not differentiable: under autograd it raises in the backward pass. On a CUDA device Triton kernels, two launches;
     elsewhere the torch reference.

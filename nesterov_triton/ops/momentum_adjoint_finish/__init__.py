@@ -35,10 +35,11 @@ def momentum_adjoint_finish(
 ) -> AdjointFinish:
     """The step's end (x, m) and (a_x, a_m), and the norm of its embedded error over all four.
 
-    The norm is that of `stepping.explicit_rk.error_norm`, in a fixed order of summation; it is NaN where anything new
-    or a last slope is not finite (a finite error over an infinite size would count as 0). For a fixed-step method it
-    is 0 or NaN. The quadratures are dt Σ_i b_i ⟨h_i, a_m,i⟩ and dt Σ_i b_i ⟨m_i, a_m,i⟩, summed in a fixed order too:
-    what the step adds to the gradients of the residual's and the damping's coefficient.
+    The norm is that of `stepping.explicit_rk.error_norm`, in a fixed order of summation. It is NaN where a last slope
+    is not finite or anything new is NaN; over an infinite size an error counts as 0, so a solve must look at its end.
+    For a fixed-step method it is 0, or NaN where anything new is not finite. The quadratures are dt Σ_i b_i times
+    ⟨h_i, a_m,i⟩ and ⟨m_i, a_m,i⟩, summed in a fixed order too: what the step adds to the gradients of the residual's
+    and the damping's coefficient.
 
     Not differentiable: under autograd it raises in the backward pass. On a CUDA device Triton kernels, two launches;
     elsewhere, and for gates that have no Triton form, the torch reference.

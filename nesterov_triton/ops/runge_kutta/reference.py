@@ -63,8 +63,8 @@ def finished_norm(
     atol: Tensor,
     wide: torch.dtype,
 ) -> Tensor:
-    """The norm of a finished step, 0-d float64: what `stepping.error_norm` computes, and NaN where `new` or `slope`
-    holds a value that is not finite.
+    """The norm of a finished step, 0-d float64: what `stepping.error_norm` computes, and NaN where `slope` holds a
+    value that is not finite, or `new` NaN (where there is no error: a value that is not finite).
 
     Args:
         errors: the embedded error rows, [D] each, in the dtype `wide`; none for a fixed-step method, whose norm is 0
@@ -74,7 +74,7 @@ def finished_norm(
         rtol, atol: 0-d.
     """
     fit = torch.where(torch.isfinite(slope).all(), 0.0, torch.nan).to(torch.float64)
-    bad = ~torch.isfinite(new)
+    bad = torch.isnan(new) if errors else ~torch.isfinite(new)
     size = torch.maximum(old.abs(), new.abs()).to(wide)
     scale = (atol.to(wide) + rtol.to(wide) * size).clamp_min(torch.finfo(wide).tiny)
     squares = [((error / scale).masked_fill(bad, torch.nan) ** 2).sum(dtype=torch.float64) for error in errors]
