@@ -95,6 +95,8 @@ class Softclip(Gate):
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         c = self.bound
+        if torch.compiler.is_compiling():  # what is best in memory is for the compiler to say
+            return c * torch.tanh(x * (1 / c))
         if x.dtype in (torch.float16, torch.bfloat16):
             y = torch.mul(x, 1 / c, out=out)
             return torch.mul(torch.tanh(y, out=out), c, out=out)

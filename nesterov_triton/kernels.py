@@ -1,7 +1,7 @@
 """Which path a solve takes, Triton kernels or plain torch, and why.
 
-Nothing needs to be configured. NESTEROV_TRITON_KERNELS=0 in the environment, before the first solve, is for a machine on
-which Triton cannot compile.
+Nothing needs to be configured. NESTEROV_TRITON_KERNELS=0 in the environment, before the first solve, is for a machine
+on which Triton cannot compile.
 
 layer.stats.path             # of the last call: "kernels", or "torch: the state is on the CPU"
 nt.kernels.path(layer.system, "cuda")

@@ -69,6 +69,11 @@ class Layer(nn.Module):
         return check_times(self.system, self.t if t is None else t)
 
     def _run(self, state: State, h: Tensor, times: Tensor) -> Solution:
+        if torch.compiler.is_compiling():
+            solution = run(self.system, state, h, times, self.settings)
+            if not torch.compiler.is_exporting():  # an exported program has no layer to tell
+                self.stats = solution.stats
+            return solution
         self.stats = Stats()  # of this call, also where it fails
         return run(self.system, state, h, times, self.settings, stats=self.stats)
 

@@ -180,7 +180,7 @@ def solve(
     bound = as_system(system)
     h = check_state(bound, state)
     times = check_times(bound, t)
-    return run(bound, state, h, times, settings, params, throw)
+    return run(bound, state, h, times, settings, params, throw, traced=True)
 
 
 def run(
@@ -192,16 +192,21 @@ def run(
     params: Sequence[Tensor] = (),
     throw: bool = True,
     stats: Stats | None = None,
+    traced: bool = False,
 ) -> Solution:
     """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from
-    `check_times`."""
+    `check_times`; `traced` where a tracer sees the settings being made."""
+    if torch.compiler.is_compiling():
+        from nesterov_triton.compiled import solve as compiled  # takes in all of torch's compiler
+
+        return compiled.run(system, state, times, settings, params, traced)  # type: ignore[return-value]
     if isinstance(cast(object, params), Tensor):
         raise TypeError("params must be a sequence of tensors, got one tensor; pass params=[tensor]")
     params = tuple(params)  # an iterator, as of Module.parameters(), can be read once only
     for i, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
-    z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1)
+    z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1).contiguous()
     stats = Stats() if stats is None else stats
     own = parameters(system.field)
     kind = h.device.type
@@ -282,6 +287,8 @@ def check_tensor(name: str, value: object, system: System) -> None:
         if p is not None and p.device != value.device:
             raise ValueError(f"{name} is on {value.device} and the field's parameters on {p.device}; move one of them")
     # A finite sum has finite terms; one reduction is a fifth of the cost of isfinite.
+    if torch.compiler.is_compiling():
+        return  # a tracer knows no values; a solve that meets NaN ends with a status
     total = value.detach().sum(dtype=torch.float32 if value.element_size() < 4 else None)
     if not math.isfinite(total) and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} holds NaN or infinite values; clean the input")
@@ -293,6 +300,8 @@ def check_times(system: System, t: object) -> Tensor:
     Raises:
         ValueError, TypeError: naming the argument and the fix.
     """
+    if torch.compiler.is_compiling():
+        return t.to(torch.float64) if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     if isinstance(t, Tensor):
         if t.ndim != 1:
             raise ValueError(f"t must be one-dimensional, got a tensor of shape {tuple(t.shape)}")

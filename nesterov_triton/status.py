@@ -22,7 +22,7 @@ class Status(enum.Enum):
 
 @dataclass
 class Stats:
-    """Counts of one solve.
+    """Counts of one solve: numbers, or 0-d tensors from inside of torch.compile.
 
     Attributes:
         nfe_forward: evaluations of the field in the forward pass.

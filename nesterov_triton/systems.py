@@ -56,6 +56,33 @@ class Coefficients(NamedTuple, Generic[N]):
     minus_gamma: N | None
 
 
+class Rule(NamedTuple):
+    """What a momentum system's right-hand side is made of, but the field, γ and ξ; the attributes are `Momentum`'s."""
+
+    nesterov: bool
+    exact: bool
+    damped: bool
+    residual: bool
+    sign: float
+    gate_x: gates.Gate
+    gate_f: gates.Gate
+
+    def coefficients(self, t: Any, damping: Any, xi: Any) -> Coefficients[Any]:
+        """See `Momentum.coefficients`."""
+        scale = None
+        if self.nesterov:
+            k = nesterov_scale(t)
+            scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
+        drive = self.sign / scale if self.exact and scale is not None else None
+        if not self.damped and not self.exact and not self.residual:
+            return Coefficients(scale, drive, None, None)
+        zero = 0.0 * t
+        q = zero - xi * (1.0 if scale is None else scale)
+        if self.exact:
+            q = q + (0.75 / (t * t) - 0.25)
+        return Coefficients(scale, drive, q, zero - damping)
+
+
 class System(nn.Module):
     """A right-hand side around a user's network.
 
@@ -198,18 +225,12 @@ class Momentum(System):
     def coefficients(self, t: Any, damping: Any, xi: Any) -> Coefficients[Any]:
         """The right-hand side's time-dependent factors: for a number, numbers; for times [s], float64 on the CPU,
         tensors [s], differentiable."""
-        scale = None
-        if self.nesterov:
-            k = nesterov_scale(t)
-            scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
-        drive = self.sign / scale if self.exact and scale is not None else None
-        if not self.damped and not self.exact and not self.residual:
-            return Coefficients(scale, drive, None, None)
-        zero = 0.0 * t
-        q = zero - xi * (1.0 if scale is None else scale)
-        if self.exact:
-            q = q + (0.75 / (t * t) - 0.25)
-        return Coefficients(scale, drive, q, zero - damping)
+        return self.rule.coefficients(t, damping, xi)
+
+    @property
+    def rule(self) -> Rule:
+        """All that is constant about the right-hand side."""
+        return Rule(self.nesterov, self.exact, self.damped, self.residual, self.sign, self.gate_x, self.gate_f)
 
     def initial_state(self, h: Tensor, velocity: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x, m) at time `t` from features and an initial velocity, all of h's shape (zeros without a velocity).

@@ -17,10 +17,9 @@ A new method is one more entry here. Sources, by the name used below:
 - HNW: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", 2nd ed. (1993), sections II.1 to II.6.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from nesterov_triton._names import lookup
@@ -50,6 +49,8 @@ class Tableau:
         extra_a: e rows, row i with s + i coefficients: all stages before it count.
         interpolant: s + e rows of equal length, row i the coefficients of theta, theta^2, ... for stage i.
         interpolant_order: the interpolant satisfies the order conditions up to this order at every theta.
+        all_c, all_a: nodes and rows of all s + e stages.
+        step_rows: what leads to each of the s stages and, last, to the step's end: the rows of a, then b.
 
     Raises:
         ValueError: the entries don't fit together. Checked are lengths, finiteness, sum_j a_ij = c_i, sum b = 1, every
@@ -67,13 +68,19 @@ class Tableau:
     extra_a: tuple[tuple[float, ...], ...]
     interpolant: tuple[tuple[float, ...], ...]
     interpolant_order: int
+    all_c: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    all_a: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
+    step_rows: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("c", "b", "extra_c"):
-            object.__setattr__(self, field, self._floats(field, getattr(self, field)))
-        for field in ("a", "error", "extra_a", "interpolant"):
-            rows = tuple(self._floats(f"{field}[{i}]", row) for i, row in enumerate(getattr(self, field)))
-            object.__setattr__(self, field, rows)
+        for name in ("c", "b", "extra_c"):
+            object.__setattr__(self, name, self._floats(name, getattr(self, name)))
+        for name in ("a", "error", "extra_a", "interpolant"):
+            rows = tuple(self._floats(f"{name}[{i}]", row) for i, row in enumerate(getattr(self, name)))
+            object.__setattr__(self, name, rows)
+        object.__setattr__(self, "all_c", (*self.c, *self.extra_c))
+        object.__setattr__(self, "all_a", (*self.a, *self.extra_a))
+        object.__setattr__(self, "step_rows", (*self.a, self.b))
 
         s, total = len(self.c), len(self.c) + len(self.extra_c)
         self._require(s > 0, "c is empty: a method has at least one stage")
@@ -110,21 +117,6 @@ class Tableau:
     def stages(self) -> int:
         """Stages of one step, an FSAL stage included, those for dense output not."""
         return len(self.c)
-
-    @functools.cached_property
-    def all_c(self) -> tuple[float, ...]:
-        """The nodes of all s + e stages."""
-        return (*self.c, *self.extra_c)
-
-    @functools.cached_property
-    def all_a(self) -> tuple[tuple[float, ...], ...]:
-        """What leads to each of all s + e stages."""
-        return (*self.a, *self.extra_a)
-
-    @functools.cached_property
-    def step_rows(self) -> tuple[tuple[float, ...], ...]:
-        """What leads to each of the s stages and, last, to the step's end: the rows of a, then b."""
-        return (*self.a, self.b)
 
     @property
     def adaptive(self) -> bool:

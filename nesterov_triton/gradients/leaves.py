@@ -23,13 +23,31 @@ def check_leaves(flow: Flow, evaluation: Evaluation) -> None:
         RuntimeError: naming their shapes.
     """
     own = evaluation.leaves if evaluation.time is None else (*evaluation.leaves, evaluation.time)
-    unseen = unseen_leaves(evaluation.u, (*own, *flow.params))
+    refuse_unseen(evaluation.u, (*own, *flow.params))
+    if isinstance(flow.system, Momentum):
+        check_gates(flow.system, flow.dtype, flow.device)
+
+
+def refuse_unseen(u: Tensor, seen: Sequence[Tensor]) -> None:
+    """Raise where the field's output `u` depends on tensors that need gradients and are not among `seen`.
+
+    Raises:
+        RuntimeError: naming their shapes.
+    """
+    unseen = unseen_leaves(u, seen)
     if unseen:
         raise RuntimeError(_lost(unseen))
-    if isinstance(flow.system, Momentum):
-        for gate in (flow.system.gate_x, flow.system.gate_f):
-            if isinstance(gate, gates.Elementwise):
-                _check_gate(gate, flow)
+
+
+def check_gates(system: Momentum, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise where a callable gate uses tensors that need gradients.
+
+    Raises:
+        RuntimeError: how many.
+    """
+    for gate in (system.gate_x, system.gate_f):
+        if isinstance(gate, gates.Elementwise):
+            _check_gate(gate, dtype, device)
 
 
 def check_parameters(problem: Problem) -> None:
@@ -95,9 +113,9 @@ def unseen_leaves(u: Tensor, seen: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _check_gate(gate: gates.Elementwise, flow: Flow) -> None:
+def _check_gate(gate: gates.Elementwise, dtype: torch.dtype, device: torch.device) -> None:
     with torch.enable_grad():
-        x = torch.zeros(1, dtype=flow.dtype, device=flow.device, requires_grad=True)
+        x = torch.zeros(1, dtype=dtype, device=device, requires_grad=True)
         unseen = unseen_leaves(gate.function(x), (x,))
     if unseen:
         raise RuntimeError(

@@ -1,0 +1,162 @@
+"""Layers inside torch.compile on one CPU thread: `python -m benchmarks.compiled`.
+
+The system, the contenders' turns and the ratios are those of `benchmarks.cpu`. Compiled are the layer, whole, and the
+field alone: what its evaluations would take if the rest cost nothing. Every compiled answer and gradient is first held
+against a tight float64 solution. Seconds of compilation are wall time, with an empty cache.
+
+Prints a Markdown table and writes `benchmarks/results/compiled.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cpu import TOLERANCE, WRONG, interleave, layer
+from benchmarks.problems import BATCH, BOUND, T0, T1, WIDTH, XI, Problem, TorchdiffeqSystem, relative_error
+from benchmarks.report import Line, commit, machine, table, today, versions
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
+    """The lines of the table, and the numbers behind them."""
+    problem = Problem.draw()
+    h0, t = problem.h0, torch.tensor(T0)
+    truth = problem.truth()
+    eager = {gradient: layer(problem, gradient) for gradient in ("discrete", "adjoint")}
+    compiled = {gradient: torch.compile(one, fullgraph=True) for gradient, one in eager.items()}
+    field = torch.compile(problem.field, fullgraph=True)
+    peer = TorchdiffeqSystem(problem.field)
+    tolerances: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE}
+
+    def forward(solve: Callable[[Tensor], object]) -> Callable[[], object]:
+        return torch.no_grad()(lambda: solve(h0))
+
+    def train(solve: Callable[..., Tensor], **options: Any) -> Callable[[], object]:
+        return lambda: problem.gradients(solve(h0, **options))
+
+    compilation = {"forward": seconds(forward(compiled["discrete"]))}
+    answers = {}
+    for gradient, one in compiled.items():
+        start = time.perf_counter()
+        h1 = one(h0)
+        found = problem.gradients(h1)
+        compilation[gradient] = time.perf_counter() - start
+        errors = relative_error(h1, truth[0]), max(map(relative_error, found, truth[1]))
+        if not max(errors) < WRONG:
+            raise RuntimeError(f"{gradient}: wrong answer, error {errors[0]:.1e}, of the gradients {errors[1]:.1e}")
+        stats = eager[gradient].stats
+        eager[gradient](h0)
+        steps = int(stats.accepted), int(stats.rejected)
+        if steps != (eager[gradient].stats.accepted, eager[gradient].stats.rejected):
+            raise RuntimeError(f"{gradient}: {steps} steps compiled, others eager: {eager[gradient].stats}")
+        answers[gradient] = {
+            "error": errors[0],
+            "gradient_error": errors[1],
+            "accepted": steps[0],
+            "rejected": steps[1],
+        }
+        nfe = int(stats.nfe_forward)
+    back = 6 * int(answers["discrete"]["accepted"])
+
+    def field_calls() -> None:
+        for _ in range(nfe):
+            field(t, h0)
+
+    def field_gradients() -> None:
+        with torch.no_grad():
+            field_calls()
+        for _ in range(back):
+            h = h0.detach().requires_grad_()
+            torch.autograd.grad(field(t, h), [h, *problem.field.parameters()], problem.cotangent)
+
+    times = interleave(
+        {
+            "forward, field": torch.no_grad()(field_calls),
+            "forward, compiled": forward(compiled["discrete"]),
+            "forward, eager": forward(eager["discrete"]),
+            "forward, odeint": forward(lambda h: peer.solve(h, **tolerances)),
+            "train, field": field_gradients,
+            "train, compiled": train(compiled["discrete"]),
+            "train, compiled adjoint": train(compiled["adjoint"]),
+            "train, eager": train(eager["discrete"]),
+            "train, odeint": train(peer.solve, **tolerances),
+            "train, odeint_adjoint": train(peer.solve, adjoint=True, **tolerances),
+        },
+        rounds,
+    )
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+    lines = [
+        Line(
+            "compiled, forward / calls of the compiled field", ratio("forward, compiled", "forward, field"), ("<=", 1.5)
+        ),
+        Line(
+            "compiled, forward and backward / the compiled field's calls and backward passes",
+            ratio("train, compiled", "train, field"),
+            ("<=", 1.5),
+        ),
+        Line("eager / compiled, forward", ratio("forward, eager", "forward, compiled")),
+        Line("eager / compiled, forward and backward", ratio("train, eager", "train, compiled")),
+        Line("torchdiffeq `odeint` / compiled, forward", ratio("forward, odeint", "forward, compiled")),
+        Line(
+            "torchdiffeq `odeint_adjoint` / compiled, forward and backward",
+            ratio("train, odeint_adjoint", "train, compiled"),
+        ),
+        Line("torchdiffeq `odeint` / compiled, forward and backward", ratio("train, odeint", "train, compiled")),
+        Line(
+            "torchdiffeq `odeint_adjoint` / compiled adjoint", ratio("train, odeint_adjoint", "train, compiled adjoint")
+        ),
+        Line("seconds of compilation, forward alone", compilation["forward"]),
+        Line("forward and backward, discrete", compilation["discrete"]),
+        Line("forward and backward, adjoint", compilation["adjoint"]),
+    ]
+    milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    return lines, {"answers": answers, "nfe": nfe, "cpu_milliseconds": milliseconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=60, help="rounds of the timed contenders (default: %(default)s)")
+    output = Path(__file__).parent / "results" / "compiled.json"
+    parser.add_argument("--output", type=Path, default=output, help="JSON file (default: results/compiled.json)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        lines, numbers = measure(arguments.rounds)
+    header = {
+        "problem": f"GNesterovNODE, softclip({BOUND:g}), xi {XI:g}, field {WIDTH}-{WIDTH}-{WIDTH} tanh, batch {BATCH}, "
+        f"float32, dopri5, rtol = atol = {TOLERANCE:g}, t from {T0:g} to {T1:g}",
+        "machine": f"{machine()}, one thread",
+        "versions": versions("torch", "torchdiffeq", "nesterov-triton"),
+        "date": today(),
+        "commit": commit(),
+        "rounds": arguments.rounds,
+    }
+    rows = [asdict(line) | {"met": line.met} for line in lines]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(header | {"table": rows} | numbers, indent=1) + "\n")
+    print(f"{header['problem']}.\n{header['machine']}; {header['versions']}; {header['date']}.\n\n{table(lines)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""What `nesterov_triton.solve` and the layers call while torch.compile traces them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nesterov_triton import gates, gradients
+from nesterov_triton.compiled.gradients import Adjoint, Counts, Discrete, Setting, forward
+from nesterov_triton.compiled.loop import Plan
+from nesterov_triton.compiled.system import Bound
+from nesterov_triton.gradients import leaves
+from nesterov_triton.status import Stats
+from nesterov_triton.stepping.controllers import PI, Integral
+from nesterov_triton.stepping.loop import LoopOptions
+from nesterov_triton.systems import Momentum, Rule, System
+
+
+@dataclass(frozen=True)
+class CompiledSolution:
+    """As `Solution`, with tensors where Python cannot know while it is traced.
+
+    Attributes:
+        t: the requested times, [n] float64.
+        ys: the states at those times, [n, *shape], or a pair of such.
+        final: the state at the last time.
+        stats: counts, 0-d tensors.
+        status: 0-d int64: 0, or the number of a failure (`compiled.loop`); the states are NaN then.
+    """
+
+    t: Tensor
+    ys: Any
+    final: Any
+    stats: Stats
+    status: Tensor
+
+
+def run(
+    system: System,
+    state: Tensor | tuple[Tensor, Tensor],
+    times: Tensor,
+    settings: Any,
+    params: Sequence[Tensor] = (),
+    traced: bool = False,
+) -> CompiledSolution:
+    """`nesterov_triton.solve.run` for a tracer: no check that needs values, and failures as NaN and a status.
+
+    Args:
+        traced: whether the settings were made under the tracer, and exist nowhere else.
+
+    Raises:
+        RuntimeError: what only the eager solver does is asked for.
+    """
+    rows = list(state) if isinstance(state, tuple | list) else [state]
+    h = rows[0]
+    if params:
+        raise RuntimeError(
+            "solve(..., params=) cannot be traced by torch.compile: make them parameters of the field, an nn.Module"
+        )
+    times = times.to(h.device).clone()
+    field = system.field
+    own = dict(field.named_parameters()) if isinstance(field, nn.Module) else {}
+    trained = {name: p for name, p in own.items() if p.requires_grad}
+    scalars = {name: value.to(h.device, torch.float64) for name, value in system.scalars().items()}
+    tensors = [*scalars.values(), *trained.values()]
+    kind = h.device.type
+    autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    gradient, controller = settings.gradient, settings.options.controller
+    if type(controller) not in (Integral, PI):
+        raise RuntimeError(
+            f"controller {type(controller).__name__} may have a rule of its own, which torch.compile cannot trace: "
+            "take 'integral' or 'pi', or leave the layer outside of the compiled region (torch.compiler.disable)"
+        )
+    rtol, atol, options = (settings.rtol, settings.atol, settings.options) if traced else _settings(settings)
+    plan = Plan(settings.tableau, rtol, atol, options)
+    bound = Bound(system, *_rule(system), tuple(scalars), tuple(trained), autocast)
+    setting = Setting(bound, plan, _backward_plan(plan, gradient), len(rows), times.requires_grad)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, times, *tensors))
+    name = type(gradient).__name__
+    if torch.is_grad_enabled():
+        check_seen(system, h)
+    # The solver's own arithmetic keeps the state's dtype.
+    with nullcontext() if autocast is None else torch.autocast(kind, enabled=False):
+        if not wanted:
+            done, counts = forward(setting, times, rows, tensors, keep=False)
+            found = [*done.rows, *done.outputs, *counts]
+        elif name == "Discrete":
+            found = list(Discrete.apply(setting, times, *rows, *tensors))  # type: ignore[no-untyped-call]
+        elif name == "Adjoint":
+            found = list(Adjoint.apply(setting, times, *rows, *tensors))  # type: ignore[no-untyped-call]
+        else:
+            raise RuntimeError(
+                f"gradient={gradient!r} cannot be traced by torch.compile: take 'discrete' or 'adjoint', or leave the "
+                "layer outside of the compiled region (torch.compiler.disable)"
+            )
+    return _solution(setting, times, rows, found, name)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def check_seen(system: System, h: Tensor) -> bool:
+    """Raise where field or gates use tensors that need gradients and would silently get none.
+
+    A tracer does not tell: this runs in Python, once for each trace, and evaluates the field once on zeros.
+
+    Raises:
+        RuntimeError: naming their shapes.
+    """
+    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        features = [torch.zeros_like(h).requires_grad_() for _ in range(1 + system.sees_momentum)]
+        t = torch.ones((), dtype=h.dtype, device=h.device)
+        field: Any = system.field
+        if isinstance(field, nn.Module):
+            # Buffers as copies: a trial must not count in anybody's running mean.
+            copies = {name: b.clone() for name, b in field.named_buffers()}
+            u = functional_call(field, copies, (t, *features))
+            seen = [*features, *field.parameters()]
+        else:
+            u, seen = field(t, *features), features
+        leaves.refuse_unseen(u, seen)
+        if isinstance(system, Momentum):
+            leaves.check_gates(system, h.dtype, h.device)
+    return True
+
+
+def _numbers_of(owner: Any) -> tuple[float | int | None, ...]:
+    """All numbers that a solve reads of settings or of a system, or of a gradient strategy, in one order."""
+    if isinstance(owner, Momentum):
+        bounds = (getattr(gate, "bound", None) for gate in (owner.gate_x, owner.gate_f))
+        return (owner.sign, owner.fixed_damping, owner.fixed_xi, *bounds)
+    if isinstance(owner, gradients.Adjoint):
+        return (owner.rtol, owner.atol)
+    o = owner.options
+    c = o.controller
+    tolerances = (None if isinstance(x, Tensor) else x for x in (owner.rtol, owner.atol))
+    shape = (c.alpha, c.beta) if isinstance(c, PI) else (None, None)
+    return (*tolerances, o.step_size, o.first_step, o.max_steps, c.safety, c.min_factor, c.max_factor, *shape)
+
+
+_as_constants: Any = torch._dynamo.assume_constant_result(_numbers_of)  # type: ignore[no-untyped-call]
+
+
+def numbers(owner: Any) -> list[Any]:
+    """These numbers as constants of the trace, with a guard on each: with `dynamic=True` a tracer takes numbers for
+    inputs, and a loop takes none."""
+    constants = _as_constants(owner)
+    if isinstance(owner, Momentum):
+        id(owner.gate_x), id(owner.gate_f)  # to look at an identity is to guard it
+    for number, constant in zip(_numbers_of(owner), constants, strict=True):
+        if constant is not None and number != constant:  # to compare is to guard
+            raise AssertionError(f"{number} is not {constant}")
+    return list(constants)
+
+
+def _settings(settings: Any) -> tuple[Any, Any, LoopOptions]:
+    """rtol, atol and the loop's options."""
+    rtol, atol, step_size, first_step, max_steps, *factors, alpha, beta = numbers(settings)
+    pi = isinstance(settings.options.controller, PI)
+    controller: Integral = PI(*factors, alpha, beta) if pi else Integral(*factors)  # type: ignore[call-arg]
+    tolerances = (given if own is None else own for given, own in ((settings.rtol, rtol), (settings.atol, atol)))
+    return *tolerances, LoopOptions(controller, step_size, first_step, max_steps)
+
+
+def _rule(system: System) -> tuple[Rule | None, tuple[float, float]]:
+    """A momentum system's rule, and γ and ξ where they are fixed."""
+    if not isinstance(system, Momentum):
+        return None, (0.0, 0.0)
+    sign, damping, xi, bound_x, bound_f = numbers(system)
+    rule = system.rule
+    gate_x, gate_f = _gate(rule.gate_x, bound_x), _gate(rule.gate_f, bound_f)
+    return rule._replace(sign=sign, gate_x=gate_x, gate_f=gate_f), (damping, xi)
+
+
+def _gate(gate: gates.Gate, bound: float) -> gates.Gate:
+    return type(gate)(bound) if type(gate) in (gates.Softclip, gates.Hardtanh) else gate  # type: ignore[call-arg]
+
+
+def _backward_plan(plan: Plan, gradient: Any) -> Plan:
+    """Of the adjoint's backward solve."""
+    if type(gradient).__name__ != "Adjoint":
+        return plan
+    if gradient.method is not None or gradient.quadratures_in_norm:
+        raise RuntimeError("Adjoint(method=) and Adjoint(quadratures_in_norm=) cannot be traced by torch.compile")
+    own = numbers(gradient)
+    rtol, atol = plan.rtol if own[0] is None else own[0], plan.atol if own[1] is None else own[1]
+    return Plan(plan.tableau, rtol, atol, plan.options)
+
+
+def _solution(
+    setting: Setting, times: Tensor, rows: Sequence[Tensor], found: Sequence[Tensor], gradient: str
+) -> CompiledSolution:
+    n, many = setting.rows, len(times) > 2
+    ends, inside = found[:n], found[n : 2 * n] if many else []
+    counts = Counts(*found[n * (1 + many) : n * (1 + many) + 4])
+    reached = counts.status == 0
+
+    def checked(x: Tensor) -> Tensor:
+        return torch.where(reached, x, torch.full_like(x, torch.nan))
+
+    final = [checked(x) for x in ends]
+    middle = [checked(x) for x in inside] if many else [row.new_zeros((0, *row.shape)) for row in rows]
+    ys = [torch.cat((a.unsqueeze(0), b, c.unsqueeze(0))) for a, b, c in zip(rows, middle, final, strict=True)]
+    tableau = setting.plan.tableau
+    back = tableau.stages - (tableau.b[-1] == 0) if not many else len(tableau.all_c)
+    stats = Stats(
+        nfe_forward=counts.evaluations.detach(),  # type: ignore[arg-type]
+        nfe_backward=(counts.accepted * back).detach() if gradient == "Discrete" else 0,  # type: ignore[arg-type]
+        accepted=counts.accepted.detach(),  # type: ignore[arg-type]
+        rejected=counts.rejected.detach(),  # type: ignore[arg-type]
+        path="compiled",
+        path_backward="compiled",
+    )
+    one = n == 1
+    return CompiledSolution(
+        times.detach(), ys[0] if one else tuple(ys), final[0] if one else tuple(final), stats, counts.status.detach()
+    )

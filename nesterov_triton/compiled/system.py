@@ -1,0 +1,85 @@
+"""The right-hand side as a function of tensors alone: of such a loop's body and a vector-Jacobian product are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nesterov_triton.systems import Rule, System
+
+
+class Bound:
+    """A system and what is constant about it in one solve.
+
+    Its tensors are handed in with every call, in one order: those of γ and ξ that are learned, 0-d float64, then the
+    field's parameters.
+
+    Attributes:
+        rule: of a momentum system, with its numbers as constants.
+        fixed: γ and ξ where they are not learned.
+        scalars: which of "damping" and "xi" are learned.
+        names: of the field's parameters.
+        autocast: the device type and dtype of the autocast that the field runs under; None for none.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        rule: Rule | None,
+        fixed: tuple[float, float],
+        scalars: tuple[str, ...],
+        names: tuple[str, ...],
+        autocast: tuple[str, torch.dtype] | None,
+    ) -> None:
+        self.system, self.rule, self.fixed = system, rule, fixed
+        self.scalars, self.names, self.autocast = scalars, names, autocast
+
+    def slopes(self, t: Tensor, rows: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The right-hand side at the time `t`, 0-d float64, and the state `rows`, each of h's shape."""
+        rule, dtype = self.rule, rows[0].dtype
+        if rule is None:
+            return (self._field(t.to(dtype), rows, tensors),)
+        x, m = rows
+        learned = dict(zip(self.scalars, tensors, strict=False))
+        damping, xi = self.fixed
+        c = rule.coefficients(t, learned.get("damping", damping), learned.get("xi", xi))
+        h = x if c.scale is None else x * c.scale.to(dtype)
+        u = self._field(t.to(dtype), (h, m) if self.system.sees_momentum else (h,), tensors)
+        slope = rule.gate_f(u)
+        if c.drive is not None:
+            slope = slope * c.drive.to(dtype)
+        elif rule.sign != 1.0:
+            slope = slope * rule.sign
+        if c.q is not None and c.minus_gamma is not None:
+            if rule.residual or rule.exact:
+                slope = slope + c.q.to(dtype) * x
+            if rule.damped:
+                slope = slope + c.minus_gamma.to(dtype) * m
+        return rule.gate_x(m), slope
+
+    def _field(self, t: Tensor, features: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        if self.autocast is None:
+            return self._call(t, features, tensors)
+        kind, dtype = self.autocast
+        with torch.autocast(kind, dtype=dtype, cache_enabled=False):
+            u = self._call(t, features, tensors)
+        return u.to(features[0].dtype)
+
+    def _call(self, t: Tensor, features: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        field: Any = self.system.field
+        if not isinstance(field, nn.Module):
+            found: Tensor = field(t, *features)
+        else:
+            params = tensors[len(self.scalars) :]
+            found = functional_call(field, dict(zip(self.names, params, strict=True)), (t, *features))
+        h = features[0]
+        if found.shape != h.shape or (found.dtype != h.dtype and self.autocast is None):
+            raise ValueError(
+                f"field returned shape {tuple(found.shape)} {found.dtype} for h of shape {tuple(h.shape)} {h.dtype}; "
+                "return h's shape and dtype"
+            )
+        return found

@@ -1,0 +1,309 @@
+"""Layers inside torch.compile: no graph break, and the eager solver's steps, values and gradients.
+
+Most run on the "eager" backend, which traces as every other does and leaves out what takes minutes; `aot_eager` traces
+the backward pass ahead of time as well, and inductor compiles.
+"""
+
+import io
+import itertools
+
+import pytest
+import torch
+from support import FIXED, MODELS, Field, features, gradients, largest_difference
+
+import nesterov_triton as nt
+from nesterov_triton.status import Stats
+
+TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+LAYERS = ["NODE", "ANODE", "SONODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE"]
+
+
+@pytest.fixture(autouse=True)
+def _forgotten():
+    """Nothing that an earlier test compiled is used again, or kept."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(module, backend="eager", **options):
+    return torch.compile(module, fullgraph=True, backend=backend, **options)
+
+
+def counts(stats: Stats):
+    return int(stats.accepted), int(stats.rejected)
+
+
+def agree(layer, backend="eager", times=(1.0, 2.0), h=None, eps=1e-10, run=None):
+    """Values, gradients and steps of the layer and of its compiled self."""
+    h = features(3, 2) if h is None else h
+    results = []
+    for call in (layer, compiled(layer, backend) if run is None else run):
+        x = h.detach().clone().requires_grad_()
+        out = call(x, times)
+        results.append((out.detach(), gradients(layer, (out**2).sum() + out[-1:].sum(), x), layer.stats))
+    (plain, grads, stats), (fast, fast_grads, fast_stats) = results
+    assert counts(fast_stats) == counts(stats)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=eps * max(1.0, plain.abs().max().item()))
+    scale = max(1.0, *(g.abs().max().item() for g in grads))
+    assert largest_difference(fast_grads, grads) <= eps * scale
+    return stats, fast_stats
+
+
+def layer_of(model, method="dopri5", **options):
+    return MODELS[model].layer(method=method, **({"step_size": 0.3} if method in FIXED else TIGHT), **options)
+
+
+# --- the sweep
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_every_layer(model, gradient):
+    stats, fast = agree(layer_of(model, gradient=gradient))
+    assert int(fast.nfe_forward) == stats.nfe_forward
+    if gradient == "discrete":
+        assert int(fast.nfe_backward) == stats.nfe_backward
+    assert fast.path == "compiled"
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("model", LAYERS)
+def test_every_layer_in_fixed_steps(model, gradient):
+    agree(layer_of(model, "rk4", gradient=gradient))
+
+
+@pytest.mark.parametrize("method", ["bosh3", "adaptive_heun", "tsit5", "dopri8", "fehlberg2", "euler", "midpoint"])
+def test_every_method(method):
+    agree(layer_of("GNesterovNODE", method))
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("times", [(1.0, 1.2, 1.3, 2.0), (2.0, 1.5, 1.0)])
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_several_times_in_both_directions(method, times, gradient):
+    agree(layer_of("GNesterovNODE", method, gradient=gradient), times=times)
+
+
+@pytest.mark.parametrize("options", [{"controller": "pi"}, {"first_step": 0.3}, {"rtol": torch.full((3, 2), 1e-6)}])
+def test_options(options):
+    agree(MODELS["GNesterovNODE"].layer(**({"rtol": 1e-6, "atol": 1e-6} | options)))
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "gradient"),
+    [*itertools.product(["NODE", "GNesterovNODE"], ["dopri5", "rk4"], ["discrete", "adjoint"])],
+)
+def test_traced_ahead_of_time(model, method, gradient):
+    agree(layer_of(model, method, gradient=gradient), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize(("model", "method"), [("GNesterovNODE", "dopri5"), ("SONODE", "rk4")])
+def test_by_inductor(model, method, gradient):
+    agree(layer_of(model, method, gradient=gradient), "inductor")
+
+
+def test_inside_a_larger_model():
+    torch.manual_seed(0)
+    layer = nt.GNesterovNODE(Field(), **TIGHT)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), layer, torch.nn.Tanh(), torch.nn.Linear(2, 1)).double()
+    x = features(5, 4)
+    expected = model(x)
+    grads = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    actual = compiled(model)(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    fast = torch.autograd.grad(actual.square().sum(), list(model.parameters()))
+    assert largest_difference(list(fast), list(grads)) <= 1e-9
+
+
+# --- what else a call may be
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("times", [[1.0, 2.0], [1.0, 1.3, 2.0]])
+def test_gradients_with_respect_to_times(times, gradient):
+    layer, h = layer_of("GNesterovNODE", gradient=gradient), features(3, 2)
+    t = torch.tensor(times, dtype=torch.float64, requires_grad=True)
+    expected, actual = (torch.autograd.grad(call(h, t).square().sum(), t)[0] for call in (layer, compiled(layer)))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_velocities():
+    torch.manual_seed(0)
+    layer = nt.GNesterovNODE(Field(), initial_velocity=torch.nn.Linear(2, 2), **TIGHT).double()
+    h = features(3, 2)
+    for a, b in zip(layer(h, return_velocity=True), compiled(layer)(h, return_velocity=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_learned_time():
+    layer = nt.NODE(Field(), t=torch.nn.Parameter(torch.tensor([0.0, 1.0], dtype=torch.float64)), **TIGHT).double()
+    h = features(3, 2)
+    grads = [torch.autograd.grad(call(h).sum(), layer.t)[0] for call in (layer, compiled(layer))]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+def test_without_gradients():
+    layer, h = layer_of("GNesterovNODE"), features(3, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(layer)(h), layer(h), rtol=1e-10, atol=1e-10)
+
+
+def test_solve_itself():
+    system, state = nt.systems.gnesterov(Field()).double(), (features(3, 2), features(3, 2, seed=2))
+
+    def run(x, m):
+        solution = nt.solve(system, (x, m), (1.0, 1.5, 2.0), **TIGHT)
+        return (*solution.ys, *solution.final)
+
+    for a, b in zip(run(*state), compiled(run)(*state), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+class Wide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+
+    def forward(self, t, h):
+        return self.net(h)
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_autocast(gradient):
+    """The field in bfloat16, the state and the solver in float32."""
+    torch.manual_seed(0)
+    layer = nt.GNesterovNODE(Wide(), gradient=gradient, method="rk4", step_size=0.25)
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = [call(x) for call in (layer, compiled(layer))]
+    assert outs[1].dtype == torch.float32
+    with torch.autocast("cpu", enabled=False):
+        full = layer(x)
+    assert (outs[0] - full).abs().max() > 1e-5  # it makes a difference
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-5)
+    grads = [torch.autograd.grad(out.sum(), [x, *layer.parameters()]) for out in outs]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
+
+
+# --- recompilation
+
+
+def test_a_second_batch_size_compiles_nothing_anew():
+    layer = layer_of("GNesterovNODE")
+    run = compiled(layer, dynamic=True)
+    agree(layer, h=features(3, 2), run=run)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        agree(layer, h=features(7, 2), run=run)
+        agree(layer, h=features(5, 2), run=run)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_changed_setting_is_noticed(dynamic):
+    layer, h = nt.GNesterovNODE(Field(), gate=nt.gates.Softclip(3.0), rtol=1e-2, atol=1e-2).double(), features(3, 2)
+    run = compiled(layer, dynamic=dynamic)
+    run(h)
+    first = counts(layer.stats)
+    layer.settings = type(layer.settings).make(rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(run(h), layer(h), rtol=1e-7, atol=1e-7)
+    run(h)
+    assert counts(layer.stats) > first
+    layer.system.gate_x = layer.system.gate_f = nt.gates.Softclip(0.5)
+    torch.testing.assert_close(run(h), layer(h), rtol=1e-7, atol=1e-7)
+
+
+def test_a_compiled_loop_never_asks_the_host():
+    """The graph has one loop, and no operator in it hands a value to Python."""
+    reads = []
+
+    def look(graph, _):
+        for module in graph.modules():
+            if isinstance(module, torch.fx.GraphModule):
+                reads.extend(n.target for n in module.graph.nodes if n.op == "call_method" and n.target in READS)
+        return graph.forward
+
+    compiled(layer_of("GNesterovNODE"), look)(features(3, 2).requires_grad_())
+    assert reads == []
+
+
+READS = {"item", "tolist", "numpy", "__bool__", "nonzero"}
+
+
+# --- failures
+
+
+def test_a_solve_that_fails_is_nan_and_says_so():
+    layer = nt.NODE(lambda t, h: 50 * h * h, max_steps=20)
+    out = compiled(layer)(features(3, 2).abs() + 1)
+    assert bool(torch.isnan(out).all())
+    assert counts(layer.stats)[0] + counts(layer.stats)[1] == 20
+
+
+def test_a_field_that_is_not_finite_gives_nan():
+    layer = nt.HBNODE(lambda t, h: torch.where(t < 1.5, h, torch.nan))
+    assert bool(torch.isnan(compiled(layer)(features(3, 2))).all())
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_tensors_that_would_get_no_gradient_are_refused(gradient):
+    """A tracer alone would give them none, and say nothing."""
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(Exception, match="would get no gradient"):
+        compiled(nt.NODE(lambda t, h: w * h, gradient=gradient))(features(3, 2))
+    with torch.no_grad():
+        compiled(nt.NODE(lambda t, h: w * h, gradient=gradient))(features(3, 2))
+
+
+def test_a_trial_of_the_field_leaves_no_trace():
+    """Buffers that count calls are as if nothing had been tried."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(2).double()
+
+        def forward(self, t, h):
+            return self.norm(h)
+
+    field = Normed()
+    layer = nt.NODE(field, method="euler", step_size=0.5)
+    plain = nt.NODE(Normed(), method="euler", step_size=0.5)
+    with torch.no_grad():
+        compiled(layer)(features(3, 2))
+        plain(features(3, 2))
+    torch.testing.assert_close(field.norm.running_mean, plain.field.norm.running_mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient": "backprop"}, "cannot be traced by torch.compile"),
+        ({"gradient": nt.gradients.Adjoint(method="rk4"), "step_size": 0.1, "method": "euler"}, "cannot be traced"),
+    ],
+)
+def test_what_cannot_be_traced_says_what_to_do(options, message):
+    layer = nt.NODE(Field(), **options).double()
+    with pytest.raises(Exception, match=message):
+        compiled(layer)(features(3, 2).requires_grad_())
+
+
+# --- export
+
+
+@pytest.mark.parametrize("options", [TIGHT, {"method": "rk4", "step_size": 0.3}])
+@pytest.mark.parametrize("model", ["NODE", "GNesterovNODE"])
+def test_an_exported_layer_runs_again_at_another_batch_size(model, options):
+    layer = MODELS[model].layer(**options)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(layer, (features(3, 2),), dynamic_shapes=({0: batch},))
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        run = torch.export.load(file).module()
+        for n in (3, 7):
+            h = features(n, 2)
+            torch.testing.assert_close(run(h), layer(h), rtol=1e-10, atol=1e-10)
