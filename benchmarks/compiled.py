@@ -1,8 +1,9 @@
 """Layers inside torch.compile on one CPU thread: `python -m benchmarks.compiled`.
 
 The system, the contenders' turns and the ratios are those of `benchmarks.cpu`. Compiled are the layer, whole, and the
-field alone: what its evaluations would take if the rest cost nothing. Every compiled answer and gradient is first held
-against a tight float64 solution. Seconds of compilation are wall time, with an empty cache.
+field alone: what its evaluations would take if the rest cost nothing. Beside them, where they are installed, diffrax and
+jax (jit, Dopri5, its default adjoint) on the same system. Every answer and gradient is first held against a tight
+float64 solution. Seconds of compilation are wall time, with an empty cache.
 
 Prints a Markdown table and writes `benchmarks/results/compiled.json`.
 """
@@ -25,13 +26,71 @@ from torch import Tensor
 
 from benchmarks.cpu import TOLERANCE, WRONG, interleave, layer
 from benchmarks.problems import BATCH, BOUND, T0, T1, WIDTH, XI, Problem, TorchdiffeqSystem, relative_error
-from benchmarks.report import Line, commit, machine, table, today, versions
+from benchmarks.report import Line, commit, installed, machine, table, today, versions
 
 
 def seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def diffrax_solves(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """Features at the end, and features and gradients of a training step, by diffrax; None where it is not installed."""
+    try:
+        import diffrax
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        return None
+    h0, cotangent, *weights = (
+        jnp.asarray(x.detach().numpy()) for x in (problem.h0, problem.cotangent, *problem.field.parameters())
+    )
+
+    def softclip(x: Any) -> Any:
+        return BOUND * jnp.tanh(x / BOUND)
+
+    def kappa(t: Any) -> Any:
+        return softclip(t**-1.5 * jnp.exp(t / 2))
+
+    def rhs(t: Any, state: Any, weights: Any) -> Any:
+        (x, m), (a, b, c, d) = state, weights
+        h = kappa(t) * x
+        return softclip(m), -m - softclip(jnp.tanh(h @ a.T + b) @ c.T + d) - XI * h
+
+    def solve(h0: Any, weights: Any) -> Any:
+        controller = diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE)
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(rhs), diffrax.Dopri5(), T0, T1, None, (h0 / kappa(T0), jnp.zeros_like(h0)), weights,
+            stepsize_controller=controller, saveat=diffrax.SaveAt(t1=True),
+        )  # fmt: skip
+        return kappa(T1) * solution.ys[0][0]
+
+    def loss(h0: Any, weights: Any) -> Any:
+        h1 = solve(h0, weights)
+        return (h1 * cotangent).sum(), h1
+
+    forward, train = jax.jit(solve), jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return lambda: jax.block_until_ready(forward(h0, weights)), lambda: jax.block_until_ready(train(h0, weights))
+
+
+def check_diffrax(solves: tuple[Callable[[], Any], Callable[[], Any]], truth: Any) -> dict[str, float]:
+    """Errors of what diffrax gives.
+
+    Raises:
+        RuntimeError: it is wrong.
+    """
+    forward, train = solves
+    (_, h1), (of_h0, of_weights) = train()
+
+    def error(value: Any, exact: Tensor) -> float:
+        return relative_error(torch.tensor(value.tolist()), exact)
+
+    errors = [error(forward(), truth[0]), error(h1, truth[0])]
+    gradients = [error(g, exact) for g, exact in zip((of_h0, *of_weights), truth[1], strict=True)]
+    if not max(*errors, *gradients) < WRONG:
+        raise RuntimeError(f"diffrax: wrong answer, errors {errors}, of the gradients {gradients}")
+    return {"error": max(errors), "gradient_error": max(gradients)}
 
 
 def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
@@ -86,8 +145,14 @@ def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
             h = h0.detach().requires_grad_()
             torch.autograd.grad(field(t, h), [h, *problem.field.parameters()], problem.cotangent)
 
+    rival = diffrax_solves(problem)
+    others = {}
+    if rival is not None:
+        others = dict(zip(("forward, diffrax", "train, diffrax"), rival, strict=True))
+        answers["diffrax"] = check_diffrax(rival, truth)
     times = interleave(
-        {
+        others
+        | {
             "forward, field": torch.no_grad()(field_calls),
             "forward, compiled": forward(compiled["discrete"]),
             "forward, eager": forward(eager["discrete"]),
@@ -129,6 +194,12 @@ def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
         Line("forward and backward, discrete", compilation["discrete"]),
         Line("forward and backward, adjoint", compilation["adjoint"]),
     ]
+    if others:
+        for what in ("forward", "train"):
+            said = "forward" if what == "forward" else "forward and backward"
+            lines.append(
+                Line(f"diffrax / compiled, {said}", ratio(f"{what}, diffrax", f"{what}, compiled"), (">=", 1.0))
+            )
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     return lines, {"answers": answers, "nfe": nfe, "cpu_milliseconds": milliseconds}
 
@@ -147,7 +218,7 @@ def main() -> None:
         "problem": f"GNesterovNODE, softclip({BOUND:g}), xi {XI:g}, field {WIDTH}-{WIDTH}-{WIDTH} tanh, batch {BATCH}, "
         f"float32, dopri5, rtol = atol = {TOLERANCE:g}, t from {T0:g} to {T1:g}",
         "machine": f"{machine()}, one thread",
-        "versions": versions("torch", "torchdiffeq", "nesterov-triton"),
+        "versions": versions("torch", "torchdiffeq", "nesterov-triton", *installed("diffrax", "jax")),
         "date": today(),
         "commit": commit(),
         "rounds": arguments.rounds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -62,6 +63,11 @@ def machine() -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def installed(*packages: str) -> list[str]:
+    """Those that are."""
+    return [name for name in packages if importlib.util.find_spec(name) is not None]
 
 
 def today() -> str:
