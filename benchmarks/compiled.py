@@ -1,8 +1,8 @@
 """Layers inside torch.compile on one CPU thread: `python -m benchmarks.compiled`.
 
 The system, the contenders' turns and the ratios are those of `benchmarks.cpu`. Compiled are the layer, whole, and the
-field alone: what its evaluations would take if the rest cost nothing. Beside them, where they are installed, diffrax and
-jax (jit, Dopri5, its default adjoint) on the same system. Every answer and gradient is first held against a tight
+field alone: what its evaluations would take if the rest cost nothing. Beside them, where they are installed, diffrax
+and jax (jit, Dopri5, its default adjoint) on the same system. Every answer and gradient is first held against a tight
 float64 solution. Seconds of compilation are wall time, with an empty cache.
 
 Prints a Markdown table and writes `benchmarks/results/compiled.json`.
@@ -36,7 +36,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def diffrax_solves(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
-    """Features at the end, and features and gradients of a training step, by diffrax; None where it is not installed."""
+    """(features at the end, attempted steps), and the same with gradients, by diffrax; None where it is missing."""
     try:
         import diffrax
         import jax
@@ -64,14 +64,15 @@ def diffrax_solves(problem: Problem) -> tuple[Callable[[], Any], Callable[[], An
             diffrax.ODETerm(rhs), diffrax.Dopri5(), T0, T1, None, (h0 / kappa(T0), jnp.zeros_like(h0)), weights,
             stepsize_controller=controller, saveat=diffrax.SaveAt(t1=True),
         )  # fmt: skip
-        return kappa(T1) * solution.ys[0][0]
+        return kappa(T1) * solution.ys[0][0], solution.stats["num_steps"]
 
     def loss(h0: Any, weights: Any) -> Any:
-        h1 = solve(h0, weights)
-        return (h1 * cotangent).sum(), h1
+        h1, steps = solve(h0, weights)
+        return (h1 * cotangent).sum(), (h1, steps)
 
     forward, train = jax.jit(solve), jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    return lambda: jax.block_until_ready(forward(h0, weights)), lambda: jax.block_until_ready(train(h0, weights))
+    wait: Any = jax.block_until_ready
+    return lambda: wait(forward(h0, weights)), lambda: wait(train(h0, weights))
 
 
 def check_diffrax(solves: tuple[Callable[[], Any], Callable[[], Any]], truth: Any) -> dict[str, float]:
@@ -81,16 +82,16 @@ def check_diffrax(solves: tuple[Callable[[], Any], Callable[[], Any]], truth: An
         RuntimeError: it is wrong.
     """
     forward, train = solves
-    (_, h1), (of_h0, of_weights) = train()
+    (_, (h1, steps)), (of_h0, of_weights) = train()
 
     def error(value: Any, exact: Tensor) -> float:
         return relative_error(torch.tensor(value.tolist()), exact)
 
-    errors = [error(forward(), truth[0]), error(h1, truth[0])]
+    errors = [error(forward()[0], truth[0]), error(h1, truth[0])]
     gradients = [error(g, exact) for g, exact in zip((of_h0, *of_weights), truth[1], strict=True)]
     if not max(*errors, *gradients) < WRONG:
         raise RuntimeError(f"diffrax: wrong answer, errors {errors}, of the gradients {gradients}")
-    return {"error": max(errors), "gradient_error": max(gradients)}
+    return {"error": max(errors), "gradient_error": max(gradients), "attempted": int(steps)}
 
 
 def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
@@ -197,9 +198,9 @@ def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
     if others:
         for what in ("forward", "train"):
             said = "forward" if what == "forward" else "forward and backward"
-            lines.append(
-                Line(f"diffrax / compiled, {said}", ratio(f"{what}, diffrax", f"{what}, compiled"), (">=", 1.0))
-            )
+            value = ratio(f"{what}, diffrax", f"{what}, compiled")
+            steps = f"{answers['diffrax']['attempted']:g} attempted steps"
+            lines.append(Line(f"diffrax / compiled, {said}", value, (">=", 1.0), steps))
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     return lines, {"answers": answers, "nfe": nfe, "cpu_milliseconds": milliseconds}
 
