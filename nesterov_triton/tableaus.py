@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, SupportsIndex
 
 from nesterov_triton._names import lookup
 
@@ -67,6 +68,12 @@ class Tableau:
     extra_a: tuple[tuple[float, ...], ...]
     interpolant: tuple[tuple[float, ...], ...]
     interpolant_order: int
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """What is registered stays itself in copies and pickles: operators are told a method by its name."""
+        if TABLEAUS.get(self.name) is self:
+            return get, (self.name,)
+        return super().__reduce_ex__(protocol)
 
     def __post_init__(self) -> None:
         for field in ("c", "b", "extra_c"):
