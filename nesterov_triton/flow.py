@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nesterov_triton import transforms
 from nesterov_triton.network import Evaluation, Network
 from nesterov_triton.ops import momentum
 from nesterov_triton.ops.rows import Row
@@ -95,6 +96,8 @@ class Flow:
         self.time_grads, self.coefficient_grads = time_grads, coefficient_grads
         self.rows = system.rows
         self._values: tuple[float, float] | None = None  # of damping and xi
+        # An ensemble has a damping and a xi for each member: tensors then, instead of numbers.
+        self._hidden = not all(map(transforms.readable, scalars.values()))
         self._gates = momentum.Gates.of(system.gate_x, system.gate_f) if isinstance(system, Momentum) else None
 
     # -- the time alone ------------------------------------------------------------------------------------------------
@@ -110,17 +113,17 @@ class Flow:
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
         numbers = times.detach().tolist() if isinstance(times, Tensor) else times
-        if self.rows == 1:
+        if self.rows == 1 or self._hidden:
             rows = [[t] for t in numbers]
         else:
             rows = [[x for x in (t, *self._numbers_at(t)) if x is not None] for t in numbers]
         packet = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        if torch.is_grad_enabled():
-            # The same numbers to the bit, plus a zero that carries the graph.
+        if torch.is_grad_enabled() or transforms.active():
             graph = times if isinstance(times, Tensor) else packet[:, 0]
             c = self.coefficients(graph)
             columns = torch.stack([x for x in (graph, c.scale, c.drive, c.q, c.minus_gamma) if x is not None], dim=1)
-            packet = packet + (columns - columns.detach())
+            # The same numbers to the bit, plus a zero that carries the graph.
+            packet = columns if self._hidden else packet + (columns - columns.detach())
         return self._cut(packet)
 
     def packet(self, times: Sequence[float], dt: float) -> Packet:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nesterov_triton import transforms
 from nesterov_triton.systems import Field
 
 
@@ -81,8 +82,10 @@ class Network:
         self.evaluations += 1
         if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
             u = self._checked(u)
-        if self._on_output is not None and u.requires_grad:
-            self._on_output(u)
+        if self._on_output is not None:
+            tracked = transforms.tracked(u)
+            if tracked is not None:
+                self._on_output(tracked)
         return u
 
     def taped(self, t: Tensor, *features: Tensor, time_grads: bool = False) -> Evaluation:

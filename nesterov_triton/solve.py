@@ -12,8 +12,8 @@ from typing import TypeAlias, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from nesterov_triton import gradients, tableaus
-from nesterov_triton.gradients.leaves import refuse_gradients
+from nesterov_triton import gradients, tableaus, transforms
+from nesterov_triton.gradients.leaves import check_transforms, refuse_gradients
 from nesterov_triton.gradients.problem import Problem, forward, parameters, trainable
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
@@ -226,8 +226,11 @@ def run(
     )
     try:
         with problem.without_autocast():
+            backprop = isinstance(settings.gradient, gradients.Backprop)
+            if not backprop:
+                check_transforms(problem, (*own, *params))
             # Only autograd itself knows what a closure needs gradients of.
-            plain = isinstance(settings.gradient, gradients.Backprop) and torch.is_grad_enabled()
+            plain = backprop and (torch.is_grad_enabled() or transforms.active())
             if plain or problem.differentiable():
                 later = settings.gradient.solve(problem)
             else:
@@ -286,6 +289,8 @@ def check_tensor(name: str, value: object, system: System) -> None:
         p = next(system.field.parameters(), None)
         if p is not None and p.device != value.device:
             raise ValueError(f"{name} is on {value.device} and the field's parameters on {p.device}; move one of them")
+    if not transforms.readable(value):
+        return
     # A finite sum has finite terms; one reduction is a fifth of the cost of isfinite.
     if torch.compiler.is_compiling():
         return  # a tracer knows no values; a solve that meets NaN ends with a status
@@ -319,6 +324,8 @@ def check_times(system: System, t: object) -> Tensor:
                 times = torch.tensor([float(x) for x in each], dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"t must be a sequence or tensor of times, got {t!r}") from None
+    if not transforms.readable(times):
+        raise ValueError("t is batched by torch.func.vmap; all samples must have the same times: give t in_dims=None")
     values = times.tolist()
     if len(values) < 2:
         raise ValueError(f"t must hold at least two times, the first and the last, got {len(values)}")

@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any, SupportsIndex
 
 from nesterov_triton._names import lookup
 
@@ -71,6 +72,12 @@ class Tableau:
     all_c: tuple[float, ...] = field(init=False, repr=False, compare=False)
     all_a: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
     step_rows: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """What is registered stays itself in copies and pickles: operators are told a method by its name."""
+        if TABLEAUS.get(self.name) is self:
+            return get, (self.name,)
+        return super().__reduce_ex__(protocol)
 
     def __post_init__(self) -> None:
         for name in ("c", "b", "extra_c"):

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
-from nesterov_triton.gradients.leaves import check_leaves, check_parameters, without_hooks
+from nesterov_triton.gradients.leaves import check_cotangents, check_leaves, check_parameters, without_hooks
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
 from nesterov_triton.gradients.totals import Totals
@@ -101,6 +101,7 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.back
         check_parameters(problem)
+        check_cotangents(cotangents)
         states = ctx.saved_tensors[-len(problem.times) :]
         needs = ctx.needs_input_grad[3:]
         n = len(problem.scalars)

@@ -13,8 +13,9 @@ from nesterov_triton.gradients.problem import Problem, forward
 class Backprop:
     """Gradient by autograd through every operation of the accepted and rejected steps.
 
-    Memory: the whole graph. For second derivatives, and where a closure's tensors need gradients. Step sizes count as
-    constants, as in `Discrete`, and the gradients of the two agree to rounding.
+    Memory: the whole graph. For second derivatives, for torch.func transforms and forward-mode AD, and where tensors of
+    a closure need gradients. Step sizes count as constants, as in `Discrete`, and the gradients of the two agree to
+    rounding. Under vmap the method must take fixed steps, and values are not checked: they cannot be read there.
     """
 
     def solve(self, problem: Problem) -> list[Tensor]:

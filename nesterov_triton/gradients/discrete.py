@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from nesterov_triton.flow import Cotangents, Flow, Linearisation
 from nesterov_triton.gradients.fused_sweep import FusedFirstOrderSweep, FusedMomentumSweep
-from nesterov_triton.gradients.leaves import check_leaves, check_parameters, without_hooks
+from nesterov_triton.gradients.leaves import check_cotangents, check_leaves, check_parameters, without_hooks
 from nesterov_triton.gradients.problem import Problem, forward
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.ops import runge_kutta
@@ -67,6 +67,7 @@ class _Discrete(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.problem
         check_parameters(problem)
+        check_cotangents(cotangents)
         starts = ctx.saved_tensors[-len(ctx.spans) :]
         needs = ctx.needs_input_grad
         n = len(problem.scalars)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nesterov_triton import gates
+from nesterov_triton import gates, transforms
 from nesterov_triton.flow import Flow
 from nesterov_triton.gradients.problem import Problem, parameters
 from nesterov_triton.network import Evaluation
@@ -48,6 +48,29 @@ def check_gates(system: Momentum, dtype: torch.dtype, device: torch.device) -> N
     for gate in (system.gate_x, system.gate_f):
         if isinstance(gate, gates.Elementwise):
             _check_gate(gate, dtype, device)
+
+
+def check_transforms(problem: Problem, params: Sequence[Tensor]) -> None:
+    """Raise where a transform asks for what an autograd.Function with a backward pass of its own does not give.
+
+    Args:
+        params: what the field is known to use, whether it needs gradients or not.
+
+    Raises:
+        RuntimeError: naming the fix.
+    """
+    if transforms.active() and (problem.differentiable() or any(map(transforms.carries, (*problem.inputs, *params)))):
+        raise RuntimeError(_TRANSFORMED)
+
+
+def check_cotangents(cotangents: Sequence[Tensor | None]) -> None:
+    """Raise where the backward pass is asked for many gradients at once, as by `is_grads_batched`.
+
+    Raises:
+        RuntimeError: naming the fix.
+    """
+    if any(g is not None and transforms.batched(g) for g in cotangents):
+        raise RuntimeError(_TRANSFORMED)
 
 
 def check_parameters(problem: Problem) -> None:
@@ -90,6 +113,8 @@ def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
 
 def refuse_gradients(states: Sequence[Tensor], u: Tensor) -> list[Tensor]:
     """The states, such that a backward pass through them raises: the field's output `u` has a graph that they lack."""
+    if transforms.active():
+        raise RuntimeError(_TRANSFORMED)
     anchor = torch.zeros((), device="cpu", requires_grad=True)
     return list(_Refuse.apply(_lost(unseen_leaves(u, ())), anchor, *states))  # type: ignore[no-untyped-call]
 
@@ -131,6 +156,13 @@ def _lost(unseen: Sequence[Tensor]) -> str:
         f"(shapes {shapes}): they would get no gradient. Make them parameters of the field, an nn.Module, or pass "
         "them (or the tensor made from them) in solve(..., params=), or use gradient='backprop'"
     )
+
+
+_TRANSFORMED = (
+    "gradient='discrete' and gradient='adjoint' have backward passes of their own, which torch.func transforms (grad, "
+    "vjp, vmap, jvp and what is made of them), batched gradients and forward-mode AD cannot see through: use "
+    "gradient='backprop' there"
+)
 
 
 class _Refuse(torch.autograd.Function):

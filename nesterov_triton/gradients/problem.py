@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nesterov_triton import kernels
+from nesterov_triton import kernels, transforms
 from nesterov_triton.flow import Flow
 from nesterov_triton.kernels import Path
 from nesterov_triton.network import Network
@@ -82,10 +82,14 @@ class Problem:
         kind = self.z.device.type
         return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What gradients may be wanted of."""
+        return (self.z, self.times, *self.scalars.values(), *self.params)
+
     def differentiable(self) -> bool:
         """Whether anything needs a gradient here and now."""
-        inputs = (self.z, self.times, *self.scalars.values(), *self.params)
-        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.inputs)
 
 
 def parameters(field: Callable[..., Tensor]) -> tuple[Tensor, ...]:
@@ -109,7 +113,8 @@ def forward(
     """
     times = problem.times.tolist()
     z = problem.z if differentiable else problem.z.detach()
-    axis = TimeAxis(problem.times) if differentiable and problem.times.requires_grad else None
+    moving = problem.times.requires_grad or transforms.carries(problem.times)
+    axis = TimeAxis(problem.times) if differentiable and moving else None
     path = Path(False, "gradient='backprop' records every operation") if differentiable else problem.path()
     problem.stats.path = str(path)
     dense = len(times) > 2

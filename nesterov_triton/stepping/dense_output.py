@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from nesterov_triton import transforms
 from nesterov_triton.tableaus import Tableau
 
 
@@ -19,8 +20,9 @@ class DenseOutput:
 
     def __init__(self, tableau: Tableau) -> None:
         self.stages = len(tableau.interpolant)
-        self._polynomials = torch.tensor(tableau.interpolant, dtype=torch.float64, device="cpu")
-        self._powers = torch.arange(1, self._polynomials.shape[1] + 1, dtype=torch.float64, device="cpu")
+        self._polynomials = transforms.plain(torch.tensor(tableau.interpolant, dtype=torch.float64, device="cpu"))
+        powers = torch.arange(1, self._polynomials.shape[1] + 1, dtype=torch.float64, device="cpu")
+        self._powers = transforms.plain(powers)
 
     def weights(self, theta: Tensor | float) -> Tensor:
         """b_i(θ), [stages] float64 on the CPU."""

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nesterov_triton import transforms
 from nesterov_triton.flow import OpenState, StageTimes
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
@@ -72,10 +73,13 @@ def table_rows(tableau: Tableau) -> list[tuple[float, ...]]:
 @torch.inference_mode(False)  # or later solves could not save it for their backward passes
 def table(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Table:
     """The method's own numbers; made once, and never written to."""
-    rows = table_rows(tableau)
+    numbers = table_rows(tableau)
     width = len(tableau.interpolant)
-    padded = [[*row, *(0.0,) * (width - len(row))] for row in rows]
-    return Table(tableau, torch.tensor(padded, dtype=torch.float64, device="cpu").to(device, dtype))
+    padded = [[*row, *(0.0,) * (width - len(row))] for row in numbers]
+    matrix = torch.tensor(padded, dtype=torch.float64, device="cpu").to(device, dtype)
+    made = Table(tableau, transforms.plain(matrix))
+    made.rows, made.errors = ([transforms.plain(row) for row in rows] for rows in (made.rows, made.errors))
+    return made
 
 
 class Stages(Protocol):
@@ -232,6 +236,7 @@ class ExplicitRK:
 
     def error(self, z: Tensor, z1: Tensor) -> float:
         """The norm of the embedded error of the step just taken. The one host read of a step."""
+        transforms.check_readable(z1)
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.error(z, z1)
@@ -244,7 +249,7 @@ class ExplicitRK:
         for row, out in zip(self._scaled.errors, self._error_rows, strict=True):
             torch.mv(columns.detach(), row.detach(), out=out)
         if self._magnitudes is None:
-            self._magnitudes = (z.abs(), torch.empty_like(z))
+            self._magnitudes = (z.detach().abs(), torch.empty_like(z))
         old, new = self._magnitudes
         size = torch.maximum(old, torch.abs(z1.detach(), out=new))
         return error_norm(self._errors, size, tolerance.rtol, tolerance.atol)

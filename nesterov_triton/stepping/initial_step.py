@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from nesterov_triton import transforms
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.stepping.stepper import Stepper
 
@@ -18,6 +19,8 @@ def initial_step(stepper: Stepper, t: float, end: float, z: Tensor) -> float:
     inside the interval.
     """
     first = stepper.first_derivative(t, z)  # part of the solution, so outside no_grad
+    # Detached, for forward-mode AD: no_grad does not keep tangents out.
+    z, first = z.detach(), first.detach()
     with torch.no_grad():
         d0, d1 = _norms(stepper, torch.stack((z, first)), z)
         known = math.isfinite(d0) and math.isfinite(d1)
@@ -28,7 +31,7 @@ def initial_step(stepper: Stepper, t: float, end: float, z: Tensor) -> float:
         h0 = min(1e-6 if not known or d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span)
         signed = math.copysign(h0, end - t)
         second = stepper.probe(t + signed if h0 < span else end, torch.add(z, first, alpha=signed))
-        (d2,) = _norms(stepper, (second - first).unsqueeze(0), z)
+        (d2,) = _norms(stepper, (second.detach() - first).unsqueeze(0), z)
         d2 /= h0
     if not math.isfinite(d2):
         return h0
@@ -41,5 +44,6 @@ def _norms(stepper: Stepper, values: Tensor, z: Tensor) -> list[float]:
     """Norms of `values`, [n, D], relative to the tolerance at z."""
     tolerance = stepper.tolerance
     assert tolerance is not None
+    transforms.check_readable(values)
     squares = runge_kutta.scaled_squares(values, z.abs(), tolerance.rtol, tolerance.atol)
     return [math.sqrt(x / max(z.numel(), 1)) for x in squares.tolist()]

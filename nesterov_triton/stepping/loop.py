@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nesterov_triton import transforms
 from nesterov_triton.status import SolveError, Status
 from nesterov_triton.stepping.controllers import Integral
 from nesterov_triton.stepping.initial_step import initial_step
@@ -212,5 +213,6 @@ def _emit(
 
 
 def _finite(z: Tensor) -> bool:
-    """Whether all elements are. A sum may overflow where no element does, hence the second look."""
-    return math.isfinite(z.detach().sum()) or bool(torch.isfinite(z).all())
+    """Whether all elements are, as far as they can be read. A sum may overflow where no element does, hence the second
+    look."""
+    return not transforms.readable(z) or math.isfinite(z.detach().sum()) or bool(torch.isfinite(z).all())
