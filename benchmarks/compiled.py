@@ -199,8 +199,8 @@ def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
         for what in ("forward", "train"):
             said = "forward" if what == "forward" else "forward and backward"
             value = ratio(f"{what}, diffrax", f"{what}, compiled")
-            steps = f"{answers['diffrax']['attempted']:g} attempted steps"
-            lines.append(Line(f"diffrax / compiled, {said}", value, (">=", 1.0), steps))
+            note = f"{answers['diffrax']['attempted']:g} attempted steps"
+            lines.append(Line(f"diffrax / compiled, {said}", value, (">=", 1.0), note))
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     return lines, {"answers": answers, "nfe": nfe, "cpu_milliseconds": milliseconds}
 

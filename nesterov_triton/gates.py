@@ -171,7 +171,7 @@ class Elementwise(Gate):
     from_value = False
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        version = None if x.is_inference() else x._version
+        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
         y = self.function(x)
         if version is not None and x._version != version:
             raise ValueError(f"gate must not change its argument: {self.function!r} works in place; pass inplace=False")
@@ -183,7 +183,7 @@ class Elementwise(Gate):
         return y if out is None else out.copy_(y)
 
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if transforms.active():  # where no tensor may be marked as a leaf
+        if torch.compiler.is_compiling() or transforms.active():  # where no tensor may be marked as a leaf
             return cast(Tensor, torch.func.vjp(self.function, x)[1](grad)[0])
         # Of times the result is differentiated once more, where a layer returns the velocity.
         again = torch.is_grad_enabled() and (x.requires_grad or grad.requires_grad)

@@ -289,11 +289,10 @@ def check_tensor(name: str, value: object, system: System) -> None:
         p = next(system.field.parameters(), None)
         if p is not None and p.device != value.device:
             raise ValueError(f"{name} is on {value.device} and the field's parameters on {p.device}; move one of them")
-    if not transforms.readable(value):
+    # A tracer knows no values, and vmap hides them; a compiled solve that meets NaN ends with a status.
+    if torch.compiler.is_compiling() or not transforms.readable(value):
         return
     # A finite sum has finite terms; one reduction is a fifth of the cost of isfinite.
-    if torch.compiler.is_compiling():
-        return  # a tracer knows no values; a solve that meets NaN ends with a status
     total = value.detach().sum(dtype=torch.float32 if value.element_size() < 4 else None)
     if not math.isfinite(total) and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} holds NaN or infinite values; clean the input")

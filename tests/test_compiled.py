@@ -138,6 +138,12 @@ def test_velocities():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_a_callable_gate():
+    layer, h = nt.GNesterovNODE(Field(), gate=torch.sin, **TIGHT).double(), features(3, 2)
+    for a, b in zip(layer(h, return_velocity=True), compiled(layer)(h, return_velocity=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_a_learned_time():
     layer = nt.NODE(Field(), t=torch.nn.Parameter(torch.tensor([0.0, 1.0], dtype=torch.float64)), **TIGHT).double()
     h = features(3, 2)
