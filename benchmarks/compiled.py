@@ -10,23 +10,20 @@ Prints a Markdown table and writes `benchmarks/results/compiled.json`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.cpu import TOLERANCE, WRONG, interleave, layer
-from benchmarks.problems import BATCH, BOUND, T0, T1, WIDTH, XI, Problem, TorchdiffeqSystem, relative_error
-from benchmarks.report import Line, commit, installed, machine, table, today, versions
+from benchmarks.cpu import WRONG, interleave, layer
+from benchmarks.problems import BOUND, SYSTEM, T0, T1, TOLERANCE, XI, Problem, TorchdiffeqSystem, relative_error
+from benchmarks.report import Line, installed, run
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -96,6 +93,11 @@ def check_diffrax(solves: tuple[Callable[[], Any], Callable[[], Any]], truth: An
 
 def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
     """The lines of the table, and the numbers behind them."""
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": cache}):
+        return _measure(rounds)
+
+
+def _measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
     problem = Problem.draw()
     h0, t = problem.h0, torch.tensor(T0)
     truth = problem.truth()
@@ -205,30 +207,6 @@ def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
     return lines, {"answers": answers, "nfe": nfe, "cpu_milliseconds": milliseconds}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=60, help="rounds of the timed contenders (default: %(default)s)")
-    output = Path(__file__).parent / "results" / "compiled.json"
-    parser.add_argument("--output", type=Path, default=output, help="JSON file (default: results/compiled.json)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        lines, numbers = measure(arguments.rounds)
-    header = {
-        "problem": f"GNesterovNODE, softclip({BOUND:g}), xi {XI:g}, field {WIDTH}-{WIDTH}-{WIDTH} tanh, batch {BATCH}, "
-        f"float32, dopri5, rtol = atol = {TOLERANCE:g}, t from {T0:g} to {T1:g}",
-        "machine": f"{machine()}, one thread",
-        "versions": versions("torch", "torchdiffeq", "nesterov-triton", *installed("diffrax", "jax")),
-        "date": today(),
-        "commit": commit(),
-        "rounds": arguments.rounds,
-    }
-    rows = [asdict(line) | {"met": line.met} for line in lines]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(header | {"table": rows} | numbers, indent=1) + "\n")
-    print(f"{header['problem']}.\n{header['machine']}; {header['versions']}; {header['date']}.\n\n{table(lines)}")
-
-
 if __name__ == "__main__":
-    main()
+    packages = ("torch", "torchdiffeq", "nesterov-triton", *installed("diffrax", "jax"))
+    run("compiled", __doc__.partition("\n")[0], SYSTEM, measure, *packages)

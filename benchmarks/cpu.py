@@ -11,15 +11,12 @@ Prints a Markdown table and writes `benchmarks/results/cpu.json`.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,20 +25,19 @@ from torch import Tensor
 import nesterov_triton as nt
 from benchmarks.counters import LiveMemory, MarkedField, OperatorCount, PerStep, per_step
 from benchmarks.problems import (
-    BATCH,
     BOUND,
+    SYSTEM,
     T0,
     T1,
-    WIDTH,
+    TOLERANCE,
     XI,
     PackageSystem,
     Problem,
     TorchdiffeqSystem,
     relative_error,
 )
-from benchmarks.report import Line, commit, machine, table, today, versions
+from benchmarks.report import Line, run
 
-TOLERANCE = 1e-5
 WRONG = 1e-3  # the relative error of an answer or a gradient that ends the run: a hundred tolerances
 GRADIENTS = ("discrete", "adjoint", "backprop")
 # Solves of different length, for counts per step.
@@ -255,32 +251,5 @@ def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=60, help="rounds of the timed contenders (default: %(default)s)")
-    output = Path(__file__).parent / "results" / "cpu.json"
-    parser.add_argument("--output", type=Path, default=output, help="JSON file (default: benchmarks/results/cpu.json)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    lines, numbers = measure(arguments.rounds)
-    header = {
-        "problem": f"GNesterovNODE, softclip({BOUND:g}), xi {XI:g}, field {WIDTH}-{WIDTH}-{WIDTH} tanh, batch {BATCH}, "
-        f"float32, dopri5, rtol = atol = {TOLERANCE:g}, t from {T0:g} to {T1:g}",
-        "machine": f"{machine()}, one thread",
-        "versions": versions("torch", "torchdiffeq", "nesterov-triton"),
-        "date": today(),
-        "commit": commit(),
-        "rounds": arguments.rounds,
-    }
-    rows = [asdict(line) | {"met": line.met} for line in lines]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(header | {"table": rows} | numbers, indent=1) + "\n")
-    installed = ", ".join(
-        f"{name} {number}" for name, number in versions("torch", "torchdiffeq", "nesterov-triton").items()
-    )
-    print(f"{header['problem']}.\n{header['machine']}; {installed}; {header['date']}, commit {header['commit']}.\n")
-    print(table(lines))
-
-
 if __name__ == "__main__":
-    main()
+    run("cpu", __doc__.partition("\n")[0], SYSTEM, measure, "torch", "torchdiffeq", "nesterov-triton")

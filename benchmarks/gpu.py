@@ -43,7 +43,7 @@ if not GPU:  # before anything imports triton
 
 import nesterov_triton as nt  # noqa: E402
 from benchmarks import traffic  # noqa: E402
-from benchmarks.problems import BOUND, T0, T1, XI, Problem, TorchdiffeqSystem, relative_error  # noqa: E402
+from benchmarks.problems import BOUND, T0, T1, TOLERANCE, XI, Problem, TorchdiffeqSystem, relative_error  # noqa: E402
 from benchmarks.report import Line, commit, table, today, versions  # noqa: E402
 from nesterov_triton.ops import dispatch  # noqa: E402
 
@@ -52,7 +52,6 @@ ROOT = Path(__file__).parent.parent
 TESTS = ("kernels", "adjoint_kernels", "first_order_kernels", "dense_output_kernels", "fused")
 DOPRI5 = nt.tableaus.get("dopri5")
 GATE = nt.gates.Softclip(BOUND)
-TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ WIDTH = 64
 BOUND = 5.0
 XI = 0.5
 T0, T1 = 1.0, 2.0
+TOLERANCE = 1e-5
+SYSTEM = (
+    f"GNesterovNODE, softclip({BOUND:g}), xi {XI:g}, field {WIDTH}-{WIDTH}-{WIDTH} tanh, batch {BATCH}, float32, "
+    f"dopri5, rtol = atol = {TOLERANCE:g}, t from {T0:g} to {T1:g}"
+)
 
 
 class Field(nn.Module):

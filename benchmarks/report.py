@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
 
 _RELATIONS = {"<=": "≤", ">=": "≥", "=": "="}
 
@@ -83,3 +89,40 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--", "*.py", "../nesterov_triton")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def run(
+    name: str,
+    description: str,
+    problem: str,
+    measure: Callable[[int], tuple[list[Line], dict[str, Any]]],
+    *packages: str,
+) -> None:
+    """What a benchmark's command does: options, one thread, `measure(rounds)`, a Markdown table and a JSON file.
+
+    Args:
+        name: of the module, and of its file in `benchmarks/results`.
+        problem: what is measured on, in words.
+        packages: whose versions count.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--rounds", type=int, default=60, help="rounds of the timed contenders (default: %(default)s)")
+    output = Path(__file__).parent / "results" / f"{name}.json"
+    parser.add_argument("--output", type=Path, default=output, help=f"JSON file (default: results/{name}.json)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    lines, numbers = measure(arguments.rounds)
+    header = {
+        "problem": problem,
+        "machine": f"{machine()}, one thread",
+        "versions": versions(*packages),
+        "date": today(),
+        "commit": commit(),
+        "rounds": arguments.rounds,
+    }
+    rows = [asdict(line) | {"met": line.met} for line in lines]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(header | {"table": rows} | numbers, indent=1) + "\n")
+    said = ", ".join(f"{package} {number}" for package, number in versions(*packages).items())
+    print(f"{problem}.\n{header['machine']}; {said}; {header['date']}, commit {header['commit']}.\n")
+    print(table(lines))
