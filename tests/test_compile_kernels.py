@@ -12,6 +12,7 @@ from benchmarks import traffic
 from nesterov_triton import tableaus
 
 SUMS = ("norm_kernel", "sums_kernel")  # second launches, which read no rows
+pytestmark = pytest.mark.xdist_group("compiled kernels")  # all are compiled once
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 DOPRI5, DOPRI8, RK4 = map(tableaus.get, ("dopri5", "dopri8", "rk4"))
 
