@@ -3,9 +3,9 @@
 Nothing needs to be configured. NESTEROV_TRITON_KERNELS=0 in the environment, before the first solve, is for a machine
 on which Triton cannot compile.
 
-layer.stats.path             # of the last call: "kernels", or "torch: the state is on the CPU"
-nt.kernels.path(layer.system, "cuda")
-nt.kernels.available()       # whether this machine can run them at all, in words
+    layer.stats.path             # of the last call: "kernels", or "torch: the state is on the CPU"
+    nt.kernels.path(layer.system, "cuda")
+    nt.kernels.available()       # whether this machine can run them at all, in words
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def run(
     bound = Bound(system, *_rule(system), tuple(scalars), tuple(trained), autocast)
     setting = Setting(bound, plan, _backward_plan(plan, gradient), len(rows), times.requires_grad)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, times, *tensors))
-    name = type(gradient).__name__
+    strategy = type(gradient)
     if torch.is_grad_enabled():
         check_seen(system, h)
     # The solver's own arithmetic keeps the state's dtype.
@@ -90,16 +90,16 @@ def run(
         if not wanted:
             done, counts = forward(setting, times, rows, tensors, keep=False)
             found = [*done.rows, *done.outputs, *counts]
-        elif name == "Discrete":
+        elif strategy is gradients.Discrete:
             found = list(Discrete.apply(setting, times, *rows, *tensors))  # type: ignore[no-untyped-call]
-        elif name == "Adjoint":
+        elif strategy is gradients.Adjoint:
             found = list(Adjoint.apply(setting, times, *rows, *tensors))  # type: ignore[no-untyped-call]
         else:
             raise RuntimeError(
                 f"gradient={gradient!r} cannot be traced by torch.compile: take 'discrete' or 'adjoint', or leave the "
                 "layer outside of the compiled region (torch.compiler.disable)"
             )
-    return _solution(setting, times, rows, found, name)
+    return _solution(setting, times, rows, found, counted_back=strategy is gradients.Discrete)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -182,7 +182,7 @@ def _gate(gate: gates.Gate, bound: float) -> gates.Gate:
 
 def _backward_plan(plan: Plan, gradient: Any) -> Plan:
     """Of the adjoint's backward solve."""
-    if type(gradient).__name__ != "Adjoint":
+    if type(gradient) is not gradients.Adjoint:
         return plan
     if gradient.method is not None or gradient.quadratures_in_norm:
         raise RuntimeError("Adjoint(method=) and Adjoint(quadratures_in_norm=) cannot be traced by torch.compile")
@@ -192,7 +192,7 @@ def _backward_plan(plan: Plan, gradient: Any) -> Plan:
 
 
 def _solution(
-    setting: Setting, times: Tensor, rows: Sequence[Tensor], found: Sequence[Tensor], gradient: str
+    setting: Setting, times: Tensor, rows: Sequence[Tensor], found: Sequence[Tensor], counted_back: bool
 ) -> CompiledSolution:
     n, many = setting.rows, len(times) > 2
     ends, inside = found[:n], found[n : 2 * n] if many else []
@@ -209,7 +209,7 @@ def _solution(
     back = tableau.stages - (tableau.b[-1] == 0) if not many else len(tableau.all_c)
     stats = Stats(
         nfe_forward=counts.evaluations.detach(),  # type: ignore[arg-type]
-        nfe_backward=(counts.accepted * back).detach() if gradient == "Discrete" else 0,  # type: ignore[arg-type]
+        nfe_backward=(counts.accepted * back).detach() if counted_back else 0,  # type: ignore[arg-type]
         accepted=counts.accepted.detach(),  # type: ignore[arg-type]
         rejected=counts.rejected.detach(),  # type: ignore[arg-type]
         path="compiled",

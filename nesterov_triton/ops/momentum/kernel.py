@@ -3,31 +3,10 @@ reverse sweep."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, stored
-
-# One program adds the partial sums of all blocks, so many at a time.
-CHUNK = 2048
-
-
-def launch_shape_of_many(n: int, dtype: torch.dtype, held: int) -> tuple[int, int, dict[str, int]]:
-    """`launch_shape` of a kernel that holds so many blocks at a time: half or a quarter of the elements a thread where
-    they would take more than 128 registers otherwise, which leaves no room for a second program. There are rows enough
-    in flight then for accesses of fewer bytes.
-
-    The limits are those of the compiled kernels (sm_90, float32): an end of a dopri5 adjoint step holds 18 blocks and
-    takes 128 registers; with the quadratures it holds 25 and takes 213, with half the elements 99. Of dopri8 it holds
-    43 and takes 168 with half, 80 with a quarter.
-    """
-    _, block, options = launch_shape(n, dtype)
-    if held > (14 if dtype == torch.float64 else 24):
-        block //= 2
-    if held > 38 and dtype != torch.float64:
-        block //= 2
-    return triton.cdiv(n, block), block, options
+from nesterov_triton.ops.runge_kutta.kernel import combine, stored
 
 
 @triton.jit
@@ -155,13 +134,3 @@ def inner_products(
 def store_sum(partial_ptr, value, mask):
     """Leave this program's sum over the mask for a second launch."""
     tl.store(partial_ptr, tl.sum(tl.where(mask, value, 0.0), axis=0).to(tl.float64))
-
-
-@triton.jit
-def total(partials_ptr, blocks, CHUNK: tl.constexpr):
-    """The sum of the blocks' sums, [blocks] float64, in a fixed order."""
-    lanes = tl.arange(0, CHUNK)
-    found = tl.zeros([CHUNK], tl.float64)
-    for start in range(0, blocks, CHUNK):
-        found += tl.load(partials_ptr + start + lanes, mask=start + lanes < blocks, other=0.0)
-    return tl.sum(found, axis=0)

@@ -16,23 +16,18 @@ from torch import Tensor
 
 from nesterov_triton.gates import Gate, kernel_form
 from nesterov_triton.gates_triton import FORMS, PULLBACKS
-from nesterov_triton.ops.momentum.kernel import (
-    CHUNK,
-    all_cotangents,
-    inner_products,
-    launch_shape_of_many,
-    load_all,
-    store_sum,
-    total,
-)
+from nesterov_triton.ops.momentum.kernel import all_cotangents, inner_products, load_all, store_sum
 from nesterov_triton.ops.momentum_adjoint_finish.reference import AdjointFinish
 from nesterov_triton.ops.runge_kutta.kernel import (
+    CHUNK,
     combine,
     launch_norm,
+    launch_shape,
     norm_kernel,
     scaled,
     start,
     stored,
+    total,
     unless_finite,
     weighted,
 )
@@ -162,7 +157,7 @@ def launch(
         nothing, sums = (torch.zeros(shape, dtype=torch.float64, device=z.device) for shape in ((), 2))
         return AdjointFinish(new, nothing, sums if quadratures else None)
     held = 4 + (2 + quadratures) * len(slopes) + len(through_m)
-    programs, block, options = launch_shape_of_many(n, z.dtype, held)
+    programs, block, options = launch_shape(n, z.dtype, held)
     rows = max(errors, 1) + 2 * quadratures
     partials = torch.empty((rows, programs), dtype=torch.float64, device=z.device)
     start(

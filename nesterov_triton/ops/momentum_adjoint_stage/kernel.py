@@ -33,15 +33,9 @@ from torch import Tensor
 
 from nesterov_triton.gates import Gate, kernel_form
 from nesterov_triton.gates_triton import FORMS, PULLBACKS
-from nesterov_triton.ops.momentum.kernel import (
-    all_cotangents,
-    coefficient,
-    further_slopes,
-    launch_shape_of_many,
-    load_all,
-)
+from nesterov_triton.ops.momentum.kernel import all_cotangents, coefficient, further_slopes, load_all
 from nesterov_triton.ops.momentum_adjoint_stage.reference import AdjointStage
-from nesterov_triton.ops.runge_kutta.kernel import combine, start
+from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, start
 from nesterov_triton.tableaus import Tableau
 
 
@@ -128,7 +122,7 @@ def launch(
     h, dm, cotangents, m = ([torch.empty(n, dtype=z.dtype, device=z.device) for _ in range(k)] for k in counts)
     if n:
         held = 4 + new + len(slopes) + len(through) + len(through_m)
-        programs, block, options = launch_shape_of_many(n, z.dtype, held)
+        programs, block, options = launch_shape(n, z.dtype, held)
         start(
             adjoint_stage_kernel, programs, z, adjoint, tuple(outputs), tuple(slopes), tuple(through),
             tuple(through_m), coefficients, dt, tuple(dm), tuple(cotangents), tuple(h), m[0] if m else None, n,

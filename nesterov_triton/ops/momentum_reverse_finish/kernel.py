@@ -16,11 +16,11 @@ from torch import Tensor
 
 from nesterov_triton.gates import Gate, kernel_form
 from nesterov_triton.gates_triton import FORMS, PULLBACKS
-from nesterov_triton.ops.momentum.kernel import CHUNK, inner_products, launch_shape_of_many, load_all, store_sum, total
+from nesterov_triton.ops.momentum.kernel import inner_products, load_all, store_sum
 from nesterov_triton.ops.momentum_reverse_finish.reference import ReverseFinish
 from nesterov_triton.ops.momentum_reverse_stage.kernel import sweep_back
 from nesterov_triton.ops.momentum_reverse_stage.reference import last_weights, transposed
-from nesterov_triton.ops.runge_kutta.kernel import combine, start
+from nesterov_triton.ops.runge_kutta.kernel import CHUNK, combine, launch_shape, start, total
 from nesterov_triton.tableaus import Tableau
 
 
@@ -98,7 +98,7 @@ def launch(
     if not n:
         return ReverseFinish(found, torch.zeros(2, dtype=torch.float64, device=z.device) if quadratures else None)
     held = 3 + quadratures + (2 + quadratures) * stages + len(through_m)  # seeds are added up at once
-    programs, block, options = launch_shape_of_many(n, z.dtype, held)
+    programs, block, options = launch_shape(n, z.dtype, held)
     partials = torch.empty((2, programs), dtype=torch.float64, device=z.device) if quadratures else None
     start(
         reverse_finish_kernel, programs, z, cotangent, tuple(slopes), tuple(through), tuple(through_m), tuple(seeds),

@@ -32,15 +32,9 @@ from torch import Tensor
 
 from nesterov_triton.gates import Gate, kernel_form
 from nesterov_triton.gates_triton import FORMS, PULLBACKS
-from nesterov_triton.ops.momentum.kernel import (
-    all_cotangents,
-    coefficient,
-    further_slopes,
-    launch_shape_of_many,
-    load_all,
-)
+from nesterov_triton.ops.momentum.kernel import all_cotangents, coefficient, further_slopes, load_all
 from nesterov_triton.ops.momentum_reverse_stage.reference import ReverseStage, last_weights, transposed
-from nesterov_triton.ops.runge_kutta.kernel import combine, start
+from nesterov_triton.ops.runge_kutta.kernel import combine, launch_shape, start
 from nesterov_triton.tableaus import Tableau
 
 
@@ -157,7 +151,7 @@ def launch(
     cotangents, new = ([torch.empty(n, dtype=z.dtype, device=z.device) for _ in range(k)] for k in counts)
     if n:
         held = 3 + len(outputs) + len(slopes) + len(through) + len(through_m)  # seeds are added up at once
-        programs, block, options = launch_shape_of_many(n, z.dtype, held)
+        programs, block, options = launch_shape(n, z.dtype, held)
         start(
             reverse_stage_kernel, programs, z, cotangent, tuple(outputs), tuple(slopes), tuple(through),
             tuple(through_m), tuple(seeds), coefficients, dt, tuple(new), tuple(cotangents), n,

@@ -18,21 +18,28 @@ from torch import Tensor
 # the up to thirty rows of a dopri8 finish would take 8 registers each, and 240 leave no room for a second program.
 _ELEMENTS = {torch.float64: 2, torch.float32: 4, torch.float16: 4, torch.bfloat16: 4}
 _WARPS = 8
-# More rows than these, held at once, get half of it: at 4 registers each they would leave too few of 128, more than
-# which no two programs fit.
-_HELD = 24
 # One program adds the partial sums of all blocks, so many at a time.
-_CHUNK = 2048
+CHUNK = 2048
 
 
 def launch_shape(n: int, dtype: torch.dtype, held: int = 0) -> tuple[int, int, dict[str, int]]:
     """How a kernel over rows of `n` elements is launched: programs, elements a program, options; `held` is the number
-    of rows that it keeps from beginning to end, where it does.
+    of blocks that it holds at a time, where they are many.
+
+    Then half or a quarter of the elements a thread, where more than 128 registers would be taken otherwise, which
+    leaves no room for a second program; there are rows enough in flight for accesses of fewer bytes. The limits are
+    those of the compiled kernels (sm_90, float32): an end of a dopri5 adjoint step holds 18 blocks and takes 128
+    registers; with the quadratures it holds 25 and takes 213, with half the elements 99. Of dopri8 it holds 43 and
+    takes 168 with half, 80 with a quarter.
 
     One choice by size and type, nothing tuned: these kernels do nothing but stream rows, and what such a kernel needs
     is wide loads, several of them in flight (one for each row it reads) and registers to spare for occupancy.
     """
-    block = _ELEMENTS[dtype] // (2 if held > _HELD else 1) * 32 * _WARPS
+    block = _ELEMENTS[dtype] * 32 * _WARPS
+    if held > (14 if dtype == torch.float64 else 24):
+        block //= 2
+    if held > 38 and dtype != torch.float64:
+        block //= 2
     return triton.cdiv(n, block), block, {"num_warps": _WARPS}
 
 
@@ -110,6 +117,16 @@ def store_squares(partials_ptr, first, second, mask):
     tl.store(partials_ptr, tl.sum(squares, axis=0).to(tl.float64))
 
 
+@triton.jit
+def total(partials_ptr, blocks, CHUNK: tl.constexpr):
+    """The sum of the blocks' sums, [blocks] float64, in a fixed order."""
+    lanes = tl.arange(0, CHUNK)
+    found = tl.zeros([CHUNK], tl.float64)
+    for start in range(0, blocks, CHUNK):
+        found += tl.load(partials_ptr + start + lanes, mask=start + lanes < blocks, other=0.0)
+    return tl.sum(found, axis=0)
+
+
 @triton.jit(do_not_specialize=["blocks", "count"])
 def norm_kernel(partials_ptr, error_ptr, blocks, count, ERRORS: tl.constexpr, CHUNK: tl.constexpr):
     """The error norm from the blocks' sums of squares, in a fixed order, so that it is the same in every run.
@@ -122,30 +139,22 @@ def norm_kernel(partials_ptr, error_ptr, blocks, count, ERRORS: tl.constexpr, CH
         error_ptr: 0-d float64.
         count: elements of the whole state.
     """
-    lanes = tl.arange(0, CHUNK)
-    main = tl.zeros([CHUNK], tl.float64)
-    damping = tl.zeros([CHUNK], tl.float64)
-    for start in range(0, blocks, CHUNK):
-        mask = start + lanes < blocks
-        main += tl.load(partials_ptr + start + lanes, mask=mask, other=0.0)
-        if ERRORS == 2:
-            damping += tl.load(partials_ptr + blocks + start + lanes, mask=mask, other=0.0)
-    total = tl.sum(main, axis=0)
+    squares = total(partials_ptr, blocks, CHUNK)
     elements = count.to(tl.float64)
     if ERRORS == 2:
         # Hairer, Nørsett, Wanner II.10: the fifth-order estimate, damped by the third-order one.
-        third = tl.sum(damping, axis=0)
-        denominator = total + 0.01 * third
-        error = total * tl.sqrt(1.0 / (elements * tl.where(total == 0, 1.0, denominator)))
+        third = total(partials_ptr + blocks, blocks, CHUNK)
+        denominator = squares + 0.01 * third
+        error = squares * tl.sqrt(1.0 / (elements * tl.where(squares == 0, 1.0, denominator)))
         # It may overflow first: then it must not damp, or the step would look perfect.
         error = tl.where(third < float("inf"), error, third)
     else:
-        error = tl.sqrt(total / elements)
+        error = tl.sqrt(squares / elements)
     tl.store(error_ptr, error)
 
 
 def launch_norm(partials: Tensor, count: int, errors: int) -> Tensor:
     """The error norm, 0-d float64, from partial sums [max(errors, 1), blocks] float64 over `count` elements."""
     error = torch.empty((), dtype=torch.float64, device=partials.device)
-    start(norm_kernel, 1, partials, error, partials.shape[1], count, errors, _CHUNK, num_warps=_WARPS)
+    start(norm_kernel, 1, partials, error, partials.shape[1], count, errors, CHUNK, num_warps=_WARPS)
     return error
