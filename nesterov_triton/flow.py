@@ -149,17 +149,25 @@ class Flow:
         k = n * width
         return Packet(narrow.unbind(0), wide[:k].view(n, width), wide[k : k + 1])
 
-    def _numbers_at(self, t: float) -> Coefficients[float]:
-        """The coefficients of a momentum system. Plain numbers: seven scalars cost less than one operator on a tensor
-        of seven."""
-        system: Momentum = self.system  # type: ignore[assignment]
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """γ and ξ of a momentum system in this solve; zeros of a first-order one."""
+        system = self.system
+        if not isinstance(system, Momentum):
+            return 0.0, 0.0
         if self._values is None:
             damping, xi = self.scalars.get("damping"), self.scalars.get("xi")
             self._values = (
                 system.fixed_damping if damping is None else float(damping.detach()),
                 system.fixed_xi if xi is None else float(xi.detach()),
             )
-        return system.coefficients(t, *self._values)
+        return self._values
+
+    def _numbers_at(self, t: float) -> Coefficients[float]:
+        """The coefficients of a momentum system. Plain numbers: seven scalars cost less than one operator on a tensor
+        of seven."""
+        system: Momentum = self.system  # type: ignore[assignment]
+        return system.coefficients(t, *self.numbers)
 
     def _cut(self, packet: Tensor) -> StageTimes:
         """Cut [s, columns] into stages; one packet, hence one cast and one transfer."""

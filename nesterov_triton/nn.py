@@ -36,6 +36,7 @@ class Layer(nn.Module):
         step_size: the step of a fixed-step method.
         first_step: the first step of an adaptive method; chosen by itself without.
         max_steps: attempted steps allowed.
+        loop: "auto", "eager" or "graph": see `nesterov_triton.solve`.
 
     Attributes:
         stats: counts of the last call (`Stats`).

@@ -7,14 +7,16 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypedDict, cast
+from typing import Literal, TypeAlias, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gradients, tableaus, transforms
+from nesterov_triton._names import lookup
+from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.leaves import check_transforms, refuse_gradients
-from nesterov_triton.gradients.problem import Problem, forward, parameters, trainable
+from nesterov_triton.gradients.problem import Problem, parameters, trainable
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
 from nesterov_triton.stepping.loop import LoopOptions
@@ -24,6 +26,8 @@ from nesterov_triton.tableaus import Tableau
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 Times: TypeAlias = Sequence[float] | Tensor
+Loop: TypeAlias = Literal["auto", "eager", "graph"]
+LOOPS = get_args(Loop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +78,7 @@ class Options(TypedDict, total=False):
     step_size: float | None
     first_step: float | None
     max_steps: int
+    loop: Loop
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Settings:
     atol: Tensor | float
     gradient: gradients.Gradient
     options: LoopOptions
+    loop: Loop = "auto"
 
     @classmethod
     def make(
@@ -102,6 +108,7 @@ class Settings:
         step_size: float | None = None,
         first_step: float | None = None,
         max_steps: int = 10_000,
+        loop: Loop = "auto",
     ) -> Settings:
         """Check the options; see `solve` for their meaning."""
         tableau = tableaus.get(method)
@@ -120,8 +127,12 @@ class Settings:
         rtol, atol = _tolerance("rtol", rtol), _tolerance("atol", atol)
         if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol == atol == 0:
             raise ValueError("rtol and atol are both 0; give at least one of them a positive value")
+        lookup("loop", loop, dict.fromkeys(LOOPS))
+        strategy = gradients.get(gradient)
+        if loop == "graph" and isinstance(strategy, gradients.Backprop):
+            raise ValueError("loop='graph' and gradient='backprop' exclude each other: leave one of them out")
         options = LoopOptions(controllers.get(controller), step_size, first_step, max_steps)
-        return cls(tableau, rtol, atol, gradients.get(gradient), options)
+        return cls(tableau, rtol, atol, strategy, options, loop)
 
 
 def solve(
@@ -137,6 +148,7 @@ def solve(
     step_size: float | None = None,
     first_step: float | None = None,
     max_steps: int = 10_000,
+    loop: Loop = "auto",
     params: Sequence[Tensor] = (),
     throw: bool = True,
 ) -> Solution:
@@ -157,6 +169,11 @@ def solve(
         step_size: the step of a fixed-step method; the last one is shortened to end at t[-1].
         first_step: the first step of an adaptive method; chosen by itself without.
         max_steps: attempted steps allowed.
+        loop: "eager" decides about every step in Python, which takes one look at the device a step. "graph" decides on
+            the device: one attempted step, the field included, is captured once as a CUDA graph and replayed, and the
+            host waits for none of them. "auto" is "graph" on a CUDA device from the second solve of a kind on (same
+            field, shape, dtype, method), where it can be had. What prevents it is in `Stats.loop`, and warned of once.
+            On a CPU "graph" takes the same decisions the same way, without a graph.
         params: tensors that f uses and that need gradients, beyond the parameters of an `nn.Module`.
         throw: raise on failure; otherwise the solution says so in its status.
 
@@ -176,6 +193,7 @@ def solve(
         step_size=step_size,
         first_step=first_step,
         max_steps=max_steps,
+        loop=loop,
     )
     bound = as_system(system)
     h = check_state(bound, state)
@@ -223,6 +241,7 @@ def run(
         options=settings.options,
         stats=stats,
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        loop=settings.loop,
     )
     try:
         with problem.without_autocast():

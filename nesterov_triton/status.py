@@ -33,6 +33,9 @@ class Stats:
         path: what did the solver's elementwise work in the forward pass: "kernels", or "torch: " and why not; see
             `nesterov_triton.kernels`.
         path_backward: the same for the backward pass; empty until it has run.
+        loop: what decided about the steps of the forward pass: "graph", "device: ..." for the same without a graph, or
+            "eager" and why; see `solve`.
+        loop_backward: the same for the backward pass.
     """
 
     nfe_forward: int = 0
@@ -41,6 +44,8 @@ class Stats:
     rejected: int = 0
     path: str = ""
     path_backward: str = ""
+    loop: str = ""
+    loop_backward: str = ""
 
 
 class SolveError(RuntimeError):

@@ -23,6 +23,8 @@ from triton.runtime.jit import JITFunction
 
 from nesterov_triton import gates, tableaus
 from nesterov_triton.gates_triton import FORMS
+from nesterov_triton.ops import control
+from nesterov_triton.ops.control import kernel as control_kernel
 from nesterov_triton.ops.first_order_dense_output import kernel as first_order_dense_output
 from nesterov_triton.ops.first_order_finish import kernel as first_order_finish
 from nesterov_triton.ops.first_order_reverse_finish import kernel as first_order_reverse_finish
@@ -83,7 +85,7 @@ def main(capabilities: list[int]) -> None:
     JITFunction.run = compile_only
     for capability in capabilities:
         triton.runtime.driver.set_active(Driver(capability))
-        for label, call in (*cases(), *first_order_cases(), *dense_output_cases()):
+        for label, call in (*cases(), *first_order_cases(), *dense_output_cases(), *control_cases()):
             compiled.clear()
             call()
             for name, kernel in compiled:
@@ -218,6 +220,50 @@ def momentum_dense_output_call(tableau, dtype):  # type: ignore[no-untyped-def]
     slopes, z = rows(len(tableau.interpolant), dtype), torch.empty(2 * N, dtype=dtype)
     weights = torch.empty((3, len(slopes)), dtype=torch.float64)
     return lambda: momentum_dense_output.launch(z, slopes, weights, *scalars(1), tableau, SOFTCLIP)
+
+
+def control_cases():  # type: ignore[no-untyped-def]
+    """(label, a call of a launcher) of the loop on the device."""
+    dopri5 = tableaus.get("dopri5")
+    for dtype in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        for label, law in (("", control.Law(True, True, -1.0, SOFTCLIP)), ("first order ", None)):
+            yield f"{label}begin {name}", begin_call(dopri5, dtype, law, adaptive=True)
+        yield f"begin fixed {name}", begin_call(dopri5, dtype, control.Law(True, False, -1.0, HARDTANH), adaptive=False)
+        yield f"end {name}", end_call(dtype, taped=False, inside=False)
+        yield f"end {name} taped", end_call(dtype, taped=True, inside=True)
+        yield f"add accepted {name}", add_accepted_call(dtype)
+    yield "weigh float64", weigh_call(dopri5)
+
+
+def begin_call(tableau, dtype, law, adaptive):  # type: ignore[no-untyped-def]
+    s = tableau.stages
+    numbers = [torch.empty(k, dtype=torch.float64) for k in (control.SLOTS, control.SLOTS, control.SETTINGS, s)]
+    needs = torch.empty(s, dtype=dtype), coefficients(tableau), torch.empty(1, dtype=torch.float64)
+    return lambda: control_kernel.launch_begin(*numbers, *needs, adaptive, law)
+
+
+def weigh_call(tableau):  # type: ignore[no-untyped-def]
+    attempt, requested = (torch.empty(k, dtype=torch.float64) for k in (control.SLOTS, 100))
+    weights = torch.empty((100, len(tableau.interpolant)), dtype=torch.float64)
+    span = torch.empty(2, dtype=torch.int64)
+    return lambda: control_kernel.launch_weigh(attempt, *scalars(1), requested, weights, span, tableau)
+
+
+def end_call(dtype, taped, inside):  # type: ignore[no-untyped-def]
+    slots, decided, setting = (torch.empty(k, dtype=torch.float64) for k in (control.SLOTS,) * 2 + (control.SETTINGS,))
+    requested = torch.empty(100, dtype=torch.float64) if inside else None
+    tape = torch.empty((4, 2, N), dtype=dtype) if taped else None
+    spans = torch.empty((4, 2), dtype=torch.float64) if taped else None
+    kept, new = rows(3, dtype), rows(3, dtype)
+    return lambda: control_kernel.launch_end(
+        slots, decided, setting, *scalars(1), requested, kept, new, tape, spans, True
+    )
+
+
+def add_accepted_call(dtype):  # type: ignore[no-untyped-def]
+    decided, attempt = (torch.empty(control.SLOTS, dtype=torch.float64) for _ in range(2))
+    return lambda: control_kernel.launch_add_accepted(decided, attempt, *rows(4, dtype))
 
 
 def rows(count: int, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -47,6 +47,20 @@ def poisoned(runs_kernels, monkeypatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
 
+@pytest.fixture
+def take(monkeypatch):
+    """`take(path)` sends solves that follow down "torch", "references" or "kernels", on any device."""
+    from nesterov_triton.ops import dispatch
+
+    load = dispatch._load  # before the test changes it
+
+    def choose(path: str) -> None:
+        monkeypatch.setattr(dispatch, "runs_kernels", lambda device: path != "torch")
+        monkeypatch.setattr(dispatch, "_load", lambda op, kernel: load(op, path == "kernels"))
+
+    return choose
+
+
 # Of the interpreter: numpy's, where a kernel computes infinities on purpose.
 def pytest_configure(config) -> None:
     for kind in ("DeprecationWarning", "RuntimeWarning"):

@@ -11,7 +11,8 @@ import pytest
 from benchmarks import traffic
 from nesterov_triton import tableaus
 
-SUMS = ("norm_kernel", "sums_kernel")  # second launches, which read no rows
+# Second launches and those of the control, which read no rows.
+SUMS = ("norm_kernel", "sums_kernel", "begin_kernel", "weigh_kernel")
 pytestmark = pytest.mark.xdist_group("compiled kernels")  # all are compiled once
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 DOPRI5, DOPRI8, RK4 = map(tableaus.get, ("dopri5", "dopri8", "rk4"))
@@ -48,7 +49,8 @@ def test_two_programs_fit_a_multiprocessor(compiled):
 
 def test_nothing_of_a_float64_kernel_is_float32(compiled):
     """A compile-time number that takes the wrong turn becomes a float32."""
-    chosen = [one for one in compiled if "float64" in one["case"] or one["kernel"] in SUMS]
+    sums = ("norm_kernel", "sums_kernel")
+    chosen = [one for one in compiled if "float64" in one["case"] or one["kernel"] in sums]
     assert chosen
     assert not [one for one in chosen if one["narrow"]]
 
@@ -144,3 +146,10 @@ def test_rows_are_those_of_the_count(compiled, case):
         assert (one["loads"], one["stores"]) == (EXPECTED[case].read, EXPECTED[case].written)
         if "bfloat16" not in case and case not in NARROWER:
             assert (one["wide_loads"], one["wide_stores"]) == (one["loads"], one["stores"])
+
+
+@pytest.mark.parametrize(("case", "moved"), [("end float32", 3), ("end float64", 3), ("end float32 taped", 5)])
+def test_an_accepted_step_moves_its_rows_once(compiled, case, moved):
+    """The new state and slope, and the state before them onto the tape."""
+    found = [one for one in compiled if one["case"] == case]
+    assert [(one["wide_loads"], one["wide_stores"]) for one in found] == [(moved, moved)] * 2

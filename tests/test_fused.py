@@ -17,19 +17,7 @@ from nesterov_triton.network import Evaluation
 from nesterov_triton.ops import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CHOOSE = dispatch._load  # before any test changes it
 TIMES = {"two": (1.0, 2.0), "many": (1.0, 1.1, 1.15, 1.6, 2.0), "backward": (2.0, 1.4, 1.0)}
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """`take(path)` sends solves that follow down "torch", "references" or "kernels", on any device."""
-
-    def choose(path: str) -> None:
-        monkeypatch.setattr(dispatch, "runs_kernels", lambda device: path != "torch")
-        monkeypatch.setattr(dispatch, "_load", lambda op, kernel: CHOOSE(op, path == "kernels"))
-
-    return choose
 
 
 def run(layer, h, times=(1.0, 2.0)):

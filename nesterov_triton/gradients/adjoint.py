@@ -9,9 +9,9 @@ steps beside the solve and stay out of its error norm (Kidger, Chen, Lyons 2021,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,13 +19,17 @@ from torch.autograd.function import once_differentiable
 
 from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
+from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
 from nesterov_triton.gradients.leaves import check_cotangents, check_leaves, check_parameters, without_hooks
-from nesterov_triton.gradients.problem import Problem, forward
+from nesterov_triton.gradients.on_device import on_device
+from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
 from nesterov_triton.gradients.totals import Totals
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
+from nesterov_triton.stepping import device_loop
+from nesterov_triton.stepping.device_loop import DeviceLoop
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, error_norm
 from nesterov_triton.stepping.loop import AcceptedStep, Progress, integrate
 from nesterov_triton.stepping.stepper import Stepper, Tolerance, stage_times
@@ -115,6 +119,9 @@ class _Adjoint(torch.autograd.Function):
         return None, None, None, adjoint, of_times, *totals.scalars.values(), *totals.of_params()
 
 
+Cotangent = tuple[Tensor, Tensor | None, Totals]  # of the first state, of the requested times, of all else
+
+
 def _solve_back(
     problem: Problem,
     flow: Flow,
@@ -122,44 +129,87 @@ def _solve_back(
     states: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
     wants_times: bool,
-) -> tuple[Tensor, Tensor | None, Totals]:
-    """Cotangents of the first state, of the requested times, and of the rest."""
-    times = problem.times.tolist()
-    totals = Totals(flow)
-    with_quadratures = strategy.quadratures_in_norm and problem.tolerance is not None
-    adjoint = torch.zeros_like(states[0])
-    path = problem.backward_path("the parameters' quadratures are to be in the norm" if with_quadratures else None)
+) -> Cotangent:
+    objection = None
+    if strategy.quadratures_in_norm and problem.tolerance is not None:
+        objection = "the parameters' quadratures are to be in the norm"
+    path = problem.backward_path(objection)
+    given = problem, flow, states, cotangents, wants_times
+    like = torch.cat((states[0], states[0]))
+
+    def fused() -> FusedAdjoint:
+        kind = FusedFirstOrderAdjoint if flow.rows == 1 else FusedMomentumAdjoint
+        return kind(problem.tableau, flow, problem.tolerance, Totals(flow))
+
+    def solve(loop: DeviceLoop) -> Cotangent:
+        loop.bind(flow)
+        stepper = cast(FusedAdjoint, loop.stepper)
+        progress = Progress()
+
+        def advance(joint: Tensor, t: float, t1: float) -> Tensor:
+            found = device_loop.integrate(loop, joint, (t, t1), problem.tolerance, problem.options, progress)
+            return found[-1]
+
+        adjoint, of_times = _back(*given, advance)
+        stepper.finish()
+        totals = Totals(flow)
+        totals.take(stepper.totals)
+        return adjoint, of_times, totals
+
+    found = on_device(
+        problem, flow, "adjoint", (flow.coefficient_grads, len(states) > 2), states[-1], float(problem.times[-1]),
+        objection or "", lambda: DeviceLoop(fused(), 2 * flow.rows, like), solve,
+        lambda done: [done[0], *done[2].params],
+    )  # fmt: skip
+    if found is not None:
+        return found
     stepper: Stepper
     quadratures: FusedAdjoint | _AdjointDynamics
     if path.kernels:
-        fused = FusedFirstOrderAdjoint if flow.rows == 1 else FusedMomentumAdjoint
-        stepper = quadratures = fused(problem.tableau, flow, problem.tolerance, totals)
+        stepper = quadratures = fused()
     else:
-        dynamics = quadratures = _AdjointDynamics(flow, problem.tableau, totals, states[0], with_quadratures)
-        kind = _WithQuadratures if with_quadratures else ExplicitRK
-        like = torch.cat((states[0], adjoint))
+        dynamics = quadratures = _AdjointDynamics(flow, problem.tableau, Totals(flow), states[0], objection is not None)
+        kind = _WithQuadratures if objection else ExplicitRK
         stepper = kind(problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
-    of_times = torch.zeros(len(times), dtype=torch.float64, device="cpu") if wants_times else None
     progress = Progress()
+
+    def advance(joint: Tensor, t: float, t1: float) -> Tensor:
+        stepper.restart()
+        (end,) = integrate(stepper, joint, (t, t1), problem.options, progress, quadratures.on_accept)
+        return end
+
+    adjoint, of_times = _back(*given, advance)
+    quadratures.finish()
+    return adjoint, of_times, quadratures.totals
+
+
+def _back(
+    problem: Problem,
+    flow: Flow,
+    states: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wants_times: bool,
+    advance: Callable[[Tensor, float, float], Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Cotangents of the first state and of the requested times; `advance` solves for (z, a), [2 D], from one requested
+    time to the one before it."""
+    times = problem.times.tolist()
+    adjoint = torch.zeros_like(states[0])
+    of_times = torch.zeros(len(times), dtype=torch.float64, device="cpu") if wants_times else None
     for k in range(len(times) - 1, 0, -1):
         g = cotangents[k - 1]
         if g is not None:
             if of_times is not None:  # y(t_k) moves along the solution
                 of_times[k] += float(torch.sum(g * _slope(flow, times[k], states[k])))
             adjoint = adjoint + g
-        stepper.restart()
-        joint = torch.cat((states[k], adjoint))
         try:
-            (end,) = integrate(
-                stepper, joint, (times[k], times[k - 1]), problem.options, progress, quadratures.on_accept
-            )
+            end = advance(torch.cat((states[k], adjoint)), times[k], times[k - 1])
         except SolveError as e:
             raise SolveError(e.status, e.t, e.dt, e.steps, where="the adjoint's backward solve") from None
         adjoint = end[states[0].numel() :]
-    quadratures.finish()
     if of_times is not None:
         of_times[0] -= float(torch.sum(adjoint * _slope(flow, times[0], states[0])))
-    return adjoint, of_times, totals
+    return adjoint, of_times
 
 
 def _slope(flow: Flow, t: float, z: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nesterov_triton.gradients.problem import Problem, forward
+from nesterov_triton.gradients.forward import forward
+from nesterov_triton.gradients.problem import Problem
 
 
 @dataclass(frozen=True)

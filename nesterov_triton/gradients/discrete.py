@@ -21,9 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nesterov_triton.flow import Cotangents, Flow, Linearisation
+from nesterov_triton.gradients.device_sweep import DeviceSweep
+from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_sweep import FusedFirstOrderSweep, FusedMomentumSweep
 from nesterov_triton.gradients.leaves import check_cotangents, check_leaves, check_parameters, without_hooks
-from nesterov_triton.gradients.problem import Problem, forward
+from nesterov_triton.gradients.on_device import on_device
+from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
@@ -72,35 +75,77 @@ class _Discrete(torch.autograd.Function):
         needs = ctx.needs_input_grad
         n = len(problem.scalars)
         flow = problem.flow_back(time_grads=needs[2], coefficient_grads=needs[2] or any(needs[3 : 3 + n]))
-        path = problem.backward_path("gradients with respect to times are wanted" if needs[2] else None)
-
-        def back(copies: bool) -> tuple[Sweep, Tensor]:
-            sweep = _sweep(path.kernels, problem.tableau, flow, problem.times.tolist(), copies)
-            adjoint = torch.zeros_like(problem.z)
-            for (t, t1, outputs), z in zip(reversed(ctx.spans), reversed(starts), strict=True):
-                wanted = [(k, cotangents[k - 1]) for k in outputs]
-                adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
-            sweep.finish()
-            return sweep, adjoint
-
+        objection = "gradients with respect to times are wanted" if needs[2] else None
+        path = problem.backward_path(objection)
         try:
             with problem.without_autocast(), without_hooks(problem.params):
-                try:
-                    sweep, adjoint = back(False)
-                except (Overwritten, RuntimeError) as error:
-                    if not path.kernels or not is_overwritten(error):
-                        raise
-                    sweep, adjoint = back(True)
+                found = _on_device(problem, flow, objection, ctx.spans, starts, cotangents)
+                if found is None:
+                    found = _one_by_one(problem, flow, path.kernels, ctx.spans, starts, cotangents)
         finally:
             problem.stats.nfe_backward += flow.network.evaluations
-        totals = sweep.totals
-        return (
-            None,
-            adjoint,
-            sweep.times if needs[2] else None,
-            *totals.scalars.values(),
-            *totals.of_params(),
-        )
+        adjoint, of_times, totals = found
+        return None, adjoint, of_times if needs[2] else None, *totals.scalars.values(), *totals.of_params()
+
+
+Spans = Sequence[tuple[float, float, tuple[int, ...]]]
+Cotangent = tuple[Tensor, Tensor | None, Totals]  # of the first state, of the requested times, of all else
+
+
+def _one_by_one(
+    problem: Problem,
+    flow: Flow,
+    kernels: bool,
+    spans: Spans,
+    starts: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+) -> Cotangent:
+    """The sweep over the accepted steps: t, t1 and the requested times in (t, t1] of each, and where it started."""
+
+    def back(copies: bool) -> Cotangent:
+        sweep = _sweep(kernels, problem.tableau, flow, problem.times.tolist(), copies)
+        adjoint = torch.zeros_like(problem.z)
+        for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
+            wanted = [(k, cotangents[k - 1]) for k in outputs]
+            adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
+        sweep.finish()
+        return adjoint, sweep.times, sweep.totals
+
+    try:
+        return back(False)
+    except (Overwritten, RuntimeError) as error:
+        if not kernels or not is_overwritten(error):
+            raise
+        return back(True)
+
+
+def _on_device(
+    problem: Problem,
+    flow: Flow,
+    objection: str | None,
+    spans: Spans,
+    starts: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+) -> Cotangent | None:
+    """The same by a sweep that can be captured; None where the steps are to be taken one by one."""
+    times = problem.times.tolist()
+
+    def make() -> DeviceSweep:
+        kind = FusedFirstOrderSweep if flow.rows == 1 else FusedMomentumSweep
+        return DeviceSweep(kind(problem.tableau, flow, times), starts[0])
+
+    def solve(loop: DeviceSweep) -> Cotangent:
+        loop.bind(flow, times)
+        adjoint = loop.run(spans, starts, cotangents)
+        totals = Totals(flow)
+        totals.take(loop.sweep.totals)
+        return adjoint, None, totals
+
+    found = on_device(
+        problem, flow, "reverse sweep", flow.coefficient_grads, starts[0], spans[0][0], objection or "", make, solve,
+        lambda done: [done[0], *done[2].params],
+    )  # fmt: skip
+    return found
 
 
 class Sweep(Protocol):

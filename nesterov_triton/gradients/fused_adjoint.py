@@ -8,7 +8,7 @@ evaluation and one vector-Jacobian product. See `stepping.stepper.Stepper`, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from nesterov_triton.gradients.leaves import check_leaves
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
 from nesterov_triton.gradients.totals import Totals
 from nesterov_triton.network import Evaluation
+from nesterov_triton.ops import control
 from nesterov_triton.ops.first_order_finish import first_order_finish
 from nesterov_triton.ops.first_order_stage import first_order_stage
 from nesterov_triton.ops.momentum_adjoint_finish import momentum_adjoint_finish
 from nesterov_triton.ops.momentum_adjoint_stage import momentum_adjoint_stage
 from nesterov_triton.ops.momentum_stage import momentum_stage
-from nesterov_triton.stepping.fused_rk import Held, Overwritten, is_overwritten, scalar_tolerances
+from nesterov_triton.stepping.fused_rk import Attempt, Held, Overwritten, is_overwritten, scalar_tolerances
 from nesterov_triton.stepping.loop import AcceptedStep
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.systems import Momentum
@@ -48,6 +49,9 @@ class FusedAdjoint:
         flow: the system, bound for a backward pass.
         tolerance: numbers or 0-d tensors; None for fixed steps.
         totals: where the quadratures go.
+
+    Attributes:
+        rtol, atol: the tolerance on the device, one element each.
     """
 
     axis: TimeAxis | None = None
@@ -56,21 +60,23 @@ class FusedAdjoint:
         self.tableau, self.flow, self.tolerance, self.totals = tableau, flow, tolerance, totals
         self.outputs, self.pulled = Held(), Held()
         self.quadratures = ParameterQuadratures(tableau, totals)
-        self._rtol, self._atol = scalar_tolerances(tolerance, flow.device)
+        self.rtol, self.atol = scalar_tolerances(tolerance, flow.device)
         self._first: Slope | None = None
         self._slopes: list[Slope] = []
         self._error = torch.empty(0)
+        # The parameters' cotangents at the state to go on from, for a loop on the device.
+        self._kept = [torch.zeros_like(p) for p in totals.params] if tableau.fsal else []
 
     def first_derivative(self, t: float, z: Tensor) -> Tensor:
         """The right-hand side at the start, [2 D]; kept for the first step."""
-        derivative, first = self._derivative(t, z, 0)
+        derivative, first = self._derivative(self.flow.packet((t, t), 0.0), z, 0)
         copies = [None if x is None else x.clone() for x in (first.through, first.through_m)]
         self._first = Slope(first.own.clone(), *copies)  # type: ignore[arg-type]
         return derivative
 
     def probe(self, t: float, z: Tensor) -> Tensor:
         """The right-hand side somewhere else, [2 D]; what is kept is left as it is."""
-        derivative, _ = self._derivative(t, z, None)
+        derivative, _ = self._derivative(self.flow.packet((t, t), 0.0), z, None)
         return derivative
 
     def step(self, t: float, t1: float, z: Tensor) -> Tensor:
@@ -90,6 +96,50 @@ class FusedAdjoint:
             z1 = self._step(packet, z)
         self._first = self._slopes[0]  # for another try
         return z1
+
+    # -- for a loop on the device --------------------------------------------------------------------------------------
+
+    def bind(self, flow: Flow) -> None:
+        """Go on with this flow, in another solve like the first; the totals start again from 0."""
+        self.flow = flow
+        self.totals.restart(flow)
+
+    def release(self) -> None:
+        """Hold nothing of the solve that is over."""
+        self.flow = self.totals.flow = cast(Flow, None)
+        self._slopes, self._first, self.quadratures.sums = [], None, []
+
+    def derivative(self, packet: Packet, z: Tensor, start: bool) -> tuple[Tensor, list[Tensor]]:
+        """The right-hand side at the first time of the packet, [2 D], and what a step that starts there starts with;
+        `start` where one will."""
+        derivative, first = self._derivative(packet, z, 0 if start else None)
+        if start and self._kept:
+            torch._foreach_copy_(self._kept, self.quadratures.first)
+        return derivative, _rows(first)
+
+    def attempt(self, packet: Packet, z: Tensor, first: Sequence[Tensor]) -> Attempt:
+        """One step, from what `derivative` gave or the attempt before left, or without it.
+
+        Raises:
+            Overwritten: the field needs `outputs.copies` and `pulled.copies`.
+        """
+        self._first = Slope(first[0], first[1], first[2] if len(first) > 2 else None) if first else None
+        self.quadratures.first = self._kept if first else []
+        self.quadratures.begin()
+        self._release()
+        z1 = self._step(packet, z)
+        return Attempt(z1, self._error, _rows(self._slopes[-1]) if self.tableau.fsal else [])
+
+    def commit(self, decided: Tensor, attempt: Tensor) -> None:
+        """The attempt just made has been decided about: if it was accepted, its quadratures are added."""
+        sums, following = self.quadratures.sums, self.quadratures.following
+        if not self.totals.params:
+            return
+        kept = self._kept if following else [None] * len(sums[0])
+        for total, step, old, new in zip(self.totals.params, sums[0], kept, following or kept, strict=True):
+            control.add_accepted(decided, attempt, total, step, old, new)
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def error(self, z: Tensor, z1: Tensor) -> float:
         """The norm of the embedded error of the step just taken. The one host read of a step."""
@@ -126,9 +176,9 @@ class FusedAdjoint:
     def finish(self) -> None:
         """Every step has been taken: bring the totals up to date."""
 
-    def _derivative(self, t: float, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
-        """The right-hand side, [2 D], and its slope as the first of a step; the parameters' cotangents count as those
-        of `stage`."""
+    def _derivative(self, packet: Packet, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
+        """The right-hand side at the packet's first time, [2 D], and its slope as the first of a step; the parameters'
+        cotangents count as those of `stage`."""
         raise NotImplementedError
 
     def _step(self, packet: Packet, z: Tensor) -> Tensor:
@@ -159,6 +209,10 @@ class FusedAdjoint:
         return Slope(own, rows[0], rows[1] if len(rows) > 1 else None, tuple(places))
 
 
+def _rows(slope: Slope) -> list[Tensor]:
+    return [x for x in (slope.own, slope.through, slope.through_m) if x is not None]
+
+
 class FusedMomentumAdjoint(FusedAdjoint):
     """Steps of (x, m, a_x, a_m), [4 N]."""
 
@@ -186,9 +240,17 @@ class FusedMomentumAdjoint(FusedAdjoint):
         if self._wants_scalars:
             self.totals.add_scalars(self._scalars)
 
-    def _derivative(self, t: float, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
+    def bind(self, flow: Flow) -> None:
+        super().bind(flow)
+        self._scalars.zero_()
+
+    def commit(self, decided: Tensor, attempt: Tensor) -> None:
+        super().commit(decided, attempt)
+        if self._of_step is not None:
+            self._scalars.add_(torch.where(decided[control.Slot.OK] != 0, self._of_step, 0.0))
+
+    def _derivative(self, packet: Packet, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
         self._release()
-        packet = self.flow.packet((t, t), 0.0)
         state, adjoint = z.view(2, -1).unbind(0)
         c, dt = packet.coefficients, packet.dt
         first = momentum_stage([], state, [], c, dt, self.tableau, *self.gates, 1, self.sees_momentum)
@@ -238,7 +300,7 @@ class FusedMomentumAdjoint(FusedAdjoint):
                     through_m.append(last.through_m)
             h, m = done.h, done.m
         finish = momentum_adjoint_finish(
-            state, slopes, adjoint, through, c, dt, self._rtol, self._atol, tableau, *self.gates, self._wants_scalars,
+            state, slopes, adjoint, through, c, dt, self.rtol, self.atol, tableau, *self.gates, self._wants_scalars,
             through_m,
         )  # fmt: skip
         self._slopes, self._error, self._of_step = first, finish.error, finish.quadratures
@@ -248,9 +310,9 @@ class FusedMomentumAdjoint(FusedAdjoint):
 class FusedFirstOrderAdjoint(FusedAdjoint):
     """Steps of (y, a), [2 N], with y' = f(t, y) and a' = -(∂f/∂y)ᵀ a."""
 
-    def _derivative(self, t: float, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
+    def _derivative(self, packet: Packet, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
         self._release()
-        slope = self._at(self.flow.packet((t,), 0.0), 0, z, stage)
+        slope = self._at(packet, 0, z, stage)
         return torch.cat((slope.own, -slope.through)), slope
 
     def _step(self, packet: Packet, z: Tensor) -> Tensor:
@@ -263,7 +325,7 @@ class FusedFirstOrderAdjoint(FusedAdjoint):
             slopes.append(self._at(packet, i + 1, z1, i + 1))
             own.append(slopes[-1].own)
             through.append(slopes[-1].through)
-        finish = first_order_finish(z, own, dt, self._rtol, self._atol, tableau, through)
+        finish = first_order_finish(z, own, dt, self.rtol, self.atol, tableau, through)
         self._slopes, self._error = slopes, finish.error
         return z1 if finish.y is None else finish.y
 

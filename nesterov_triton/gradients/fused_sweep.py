@@ -7,6 +7,7 @@ already known of the step; nothing else is written. The arithmetic is `discrete.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -76,6 +77,33 @@ class FusedSweep:
     def finish(self) -> None:
         """Every step has been taken: bring the totals up to date."""
 
+    # -- for a sweep that is captured ----------------------------------------------------------------------------------
+
+    def bind(self, flow: Flow, times: Sequence[float]) -> None:
+        """Go on with this flow, in another backward pass like the first; the totals start again from 0."""
+        self.flow, self.requested = flow, times
+        self.totals.restart(flow)
+
+    def release(self) -> None:
+        """Hold nothing of the backward pass that is over."""
+        self.flow = self.totals.flow = cast(Flow, None)
+
+    def transposed(self, packet: Packet, z: Tensor, end: Tensor, stages: int) -> Tensor:
+        """As `step`, of a step without requested states inside, whose times are on the device.
+
+        Args:
+            end: the cotangent of the state at t1, [D].
+            stages: how many are in the packet.
+
+        Raises:
+            Overwritten: as `step`.
+        """
+        self.outputs.release()
+        self.pulled.release()
+        return self._step(packet, z, end, stages, ())
+
+    # ------------------------------------------------------------------------------------------------------------------
+
     def _step(self, packet: Packet, z: Tensor, end: Tensor, stages: int, seeds: Sequence[Tensor]) -> Tensor:
         raise NotImplementedError
 
@@ -106,6 +134,10 @@ class FusedMomentumSweep(FusedSweep):
         # ∫⟨h, c_m⟩ and ∫⟨m, c_m⟩, on the device until all steps are done.
         self._scalars = torch.zeros(2, dtype=torch.float64, device=flow.device)
         self._wants_scalars = flow.coefficient_grads and bool(flow.scalars)
+
+    def bind(self, flow: Flow, times: Sequence[float]) -> None:
+        super().bind(flow, times)
+        self._scalars.zero_()
 
     def finish(self) -> None:
         if self._wants_scalars:

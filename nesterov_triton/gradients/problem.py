@@ -9,15 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nesterov_triton import kernels, transforms
+from nesterov_triton import kernels
 from nesterov_triton.flow import Flow
 from nesterov_triton.kernels import Path
 from nesterov_triton.network import Network
 from nesterov_triton.status import Stats
-from nesterov_triton.stepping.explicit_rk import ExplicitRK
-from nesterov_triton.stepping.fused_rk import FusedFirstOrderRK, FusedMomentumRK
-from nesterov_triton.stepping.loop import LoopOptions, OnAccept, Progress, integrate
-from nesterov_triton.stepping.stepper import Stepper, TimeAxis, Tolerance
+from nesterov_triton.stepping.loop import LoopOptions
+from nesterov_triton.stepping.stepper import Tolerance
 from nesterov_triton.systems import System
 from nesterov_triton.tableaus import Tableau
 
@@ -37,6 +35,7 @@ class Problem:
         tolerance: None for fixed steps.
         stats: counted on while the solve runs.
         autocast: the dtype of the autocast that the network runs under, forward and backward; None for none.
+        loop: "auto", "eager" or "graph"; see `solve`.
     """
 
     system: System
@@ -51,6 +50,7 @@ class Problem:
     stats: Stats
     frozen: tuple[Tensor, ...] = ()
     autocast: torch.dtype | None = None
+    loop: str = "auto"
 
     def flow(self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None) -> Flow:
         """The system bound to this solve; `watch` and `on_output` as for `Network`."""
@@ -101,42 +101,3 @@ def trainable(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Those of `tensors` that need gradients, each once."""
     seen: dict[int, Tensor] = {id(p): p for p in tensors if p.requires_grad}
     return tuple(seen.values())
-
-
-def forward(
-    problem: Problem, flow: Flow, on_accept: OnAccept | None = None, *, differentiable: bool = False
-) -> list[Tensor]:
-    """The states, [D] each, at the requested times after the first; counts into the problem's stats.
-
-    Raises:
-        SolveError: the last time was not reached.
-    """
-    times = problem.times.tolist()
-    z = problem.z if differentiable else problem.z.detach()
-    moving = problem.times.requires_grad or transforms.carries(problem.times)
-    axis = TimeAxis(problem.times) if differentiable and moving else None
-    path = Path(False, "gradient='backprop' records every operation") if differentiable else problem.path()
-    problem.stats.path = str(path)
-    dense = len(times) > 2
-    stepper: Stepper
-    if path.kernels:
-        kind = FusedFirstOrderRK if flow.rows == 1 else FusedMomentumRK
-        stepper = kind(problem.tableau, flow, problem.tolerance, dense=dense)
-    else:
-        stepper = ExplicitRK(
-            problem.tableau,
-            flow,
-            flow.rows,
-            z,
-            problem.tolerance,
-            dense=dense,
-            differentiable=differentiable,
-            axis=axis,
-        )
-    progress = Progress()
-    try:
-        return integrate(stepper, z, times, problem.options, progress, on_accept)
-    finally:
-        problem.stats.nfe_forward += flow.network.evaluations
-        problem.stats.accepted += progress.accepted
-        problem.stats.rejected += progress.rejected

@@ -21,18 +21,23 @@ class ParameterQuadratures:
         tableau: the method.
         totals: where the integrals go.
         with_errors: whether the error rows' sums are wanted.
+
+    Attributes:
+        sums: Σ w_i g_i of the step under way, of each row of weights.
+        first: the cotangents of the state to go on from, where they are known.
+        following: of an FSAL method those of the end of the step under way.
     """
 
     def __init__(self, tableau: Tableau, totals: Totals, with_errors: bool = False) -> None:
         self.tableau, self.totals = tableau, totals
         self.weights = (tableau.b, *tableau.error) if with_errors else (tableau.b,)
         self.sums: list[list[Tensor]] = []
-        self._first: list[Tensor] = []
-        self._next: list[Tensor] = []
+        self.first: list[Tensor] = []
+        self.following: list[Tensor] = []
 
     def begin(self) -> None:
         """A step is tried, from a state whose first stage may be known."""
-        self._start(self._first)
+        self._start(self.first)
 
     def wants(self, i: int) -> bool:
         """Whether stage `i` counts."""
@@ -43,11 +48,11 @@ class ParameterQuadratures:
         if not found:
             return
         if i == 0:
-            self._first = self._scaled(found, 1.0)
-            self._start(self._first)
+            self.first = self._scaled(found, 1.0)
+            self._start(self.first)
             return
         if self._is_next(i):
-            self._next = self._scaled(found, 1.0)
+            self.following = self._scaled(found, 1.0)
         for weights, sums in zip(self.weights, self.sums, strict=True):
             accumulate(sums, found, weights[i])
 
@@ -55,7 +60,7 @@ class ParameterQuadratures:
         """The step, of size `dt`, is accepted."""
         if self.totals.params:
             accumulate(self.totals.params, self.sums[0], -dt)
-            self._first = self._next
+            self.first = self.following
 
     def _start(self, first: Sequence[Tensor]) -> None:
         """The sums of the first stage alone."""

@@ -35,6 +35,19 @@ class Totals:
         self.params = zeros_for(flow.params)
         self.scalars = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in flow.scalars}
 
+    def restart(self, flow: Flow) -> None:
+        """From 0 again, in the same memory, for another solve."""
+        self.flow = flow
+        if self.params:
+            torch._foreach_zero_(self.params)
+        for value in self.scalars.values():
+            value.zero_()
+
+    def take(self, other: Totals) -> None:
+        """Become a copy of `other`."""
+        self.params = [p.clone() for p in other.params]
+        self.scalars = {name: value.clone() for name, value in other.scalars.items()}
+
     def of_params(self) -> list[Tensor]:
         """The parameters' cotangents, in their own dtypes."""
         return [total.to(p.dtype) for total, p in zip(self.params, self.flow.params, strict=True)]

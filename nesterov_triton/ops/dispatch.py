@@ -1,7 +1,8 @@
 """Which of an operator's implementations runs: by the tensor's device, nothing to configure.
 
 An operator is a folder: `reference.py` has a function of the folder's name, `kernel.py` has `launch` with the same
-arguments, `__init__.py` the public function and its registration with `operator`.
+arguments, `__init__.py` the public function and its registration with `operator`. In `control`, which no tracer sees,
+it is several functions, each with its `launch_`.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def implementation(op: str, like: Tensor) -> Callable[..., Any]:
 
 @functools.cache
 def _load(op: str, kernel: bool) -> Callable[..., Any]:
-    module = importlib.import_module(f"nesterov_triton.ops.{op}.{'kernel' if kernel else 'reference'}")
-    found: Callable[..., Any] = getattr(module, "launch" if kernel else op)
+    folder, _, name = op.partition(".")
+    module = importlib.import_module(f"nesterov_triton.ops.{folder}.{'kernel' if kernel else 'reference'}")
+    launcher = f"launch_{name}" if name else "launch"
+    found: Callable[..., Any] = getattr(module, launcher if kernel else name or op)
     return found
 
 

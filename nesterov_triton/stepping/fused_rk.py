@@ -8,11 +8,13 @@ call it know the transpose. The steps' scalars live on the device, and the norm 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from nesterov_triton.flow import Flow, Packet
+from nesterov_triton.ops import dispatch
 from nesterov_triton.ops.first_order_dense_output import first_order_dense_output
 from nesterov_triton.ops.first_order_finish import first_order_finish
 from nesterov_triton.ops.first_order_stage import first_order_stage
@@ -23,6 +25,14 @@ from nesterov_triton.stepping.dense_output import dense_output
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.systems import Momentum
 from nesterov_triton.tableaus import Tableau
+
+
+class Attempt(NamedTuple):
+    """What a step leaves for a loop on the device to decide about."""
+
+    z: Tensor  # the state at its end
+    error: Tensor  # the norm of the embedded error, 0-d float64
+    last: list[Tensor]  # what the next step starts with, where the method is FSAL; rows of N elements
 
 
 class Overwritten(Exception):
@@ -85,6 +95,9 @@ class FusedRK:
         flow: the system, bound.
         tolerance: for the embedded error's norm, numbers or 0-d tensors; None for fixed steps.
         dense: whether `interpolate` will be called.
+
+    Attributes:
+        rtol, atol: the tolerance on the device, one element each.
     """
 
     axis: TimeAxis | None = None
@@ -92,7 +105,7 @@ class FusedRK:
     def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, *, dense: bool = False) -> None:
         self.tableau, self.flow, self.tolerance, self.dense = tableau, flow, tolerance, dense
         self.outputs = Held()
-        self._rtol, self._atol = scalar_tolerances(tolerance, flow.device)
+        self.rtol, self.atol = scalar_tolerances(tolerance, flow.device)
         self._first: Tensor | None = None  # slope at the state to go on from: dm, [N], or the field's output
         self._last: Tensor | None = None  # slope at the end of the step just taken, for FSAL methods
         self._slopes: list[Tensor] = []  # of the step just taken: the first, and where it is dense all of them
@@ -101,12 +114,12 @@ class FusedRK:
 
     def first_derivative(self, t: float, z: Tensor) -> Tensor:
         """The right-hand side at the start, [D]; kept for the first step."""
-        derivative, self._first = self._derivative(t, z)
+        derivative, self._first = self._derivative(self.flow.packet((t, t), 0.0), z)
         return derivative
 
     def probe(self, t: float, z: Tensor) -> Tensor:
         """The right-hand side somewhere else, [D]; what is kept is left as it is."""
-        derivative, _ = self._derivative(t, z)
+        derivative, _ = self._derivative(self.flow.packet((t, t), 0.0), z)
         return derivative
 
     def step(self, t: float, t1: float, z: Tensor) -> Tensor:
@@ -125,6 +138,51 @@ class FusedRK:
         if self._slopes:  # of one stage not even that is kept
             self._first = self._slopes[0]  # for another try
         return z1
+
+    # -- for a loop on the device --------------------------------------------------------------------------------------
+
+    def bind(self, flow: Flow) -> None:
+        """Go on with this flow, in another solve like the first."""
+        self.flow = flow
+
+    def release(self) -> None:
+        """Hold nothing of the solve that is over."""
+        self.flow = cast(Flow, None)
+        self._slopes, self._first, self._last, self._packet = [], None, None, None
+
+    def derivative(self, packet: Packet, z: Tensor, start: bool) -> tuple[Tensor, list[Tensor]]:
+        """The right-hand side at the first time of the packet, [D], and what a step that starts there starts with;
+        `start` where one will."""
+        derivative, first = self._derivative(packet, z)
+        return derivative, [first]
+
+    def attempt(self, packet: Packet, z: Tensor, first: Sequence[Tensor]) -> Attempt:
+        """One step, from what `derivative` gave or the attempt before left, or without it.
+
+        Raises:
+            Overwritten: the field needs `outputs.copies`.
+        """
+        self._packet, self._first = packet, first[0] if first else None
+        z1 = self._step(packet, z)
+        return Attempt(z1, self._error, [] if self._last is None else [self._last])
+
+    def emit(self, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None:
+        """The states inside the attempt just made, written into those rows of `out`, [T, D], that are in the span; see
+        `ops.control.weigh`."""
+        assert self._packet is not None
+        needed = len(self.tableau.interpolant)
+        if len(self._slopes) < needed:
+            self._add_slopes(self._packet, z, needed)
+        with torch.no_grad():
+            self._emit(self._packet, z, weights, out, span)
+
+    def commit(self, decided: Tensor, attempt: Tensor) -> None:
+        """The attempt just made has been decided about: a forward step has nothing to add up."""
+
+    def _emit(self, packet: Packet, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def error(self, z: Tensor, z1: Tensor) -> float:
         """The norm of the embedded error of the step just taken. The one host read of a step."""
@@ -162,8 +220,8 @@ class FusedRK:
         shape = self.flow.shape
         return self.outputs.keep(self.flow.network(t, *(x.view(shape) for x in features)).reshape(-1))
 
-    def _derivative(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The right-hand side, [D], and its slope as the first of a step."""
+    def _derivative(self, packet: Packet, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The right-hand side at the packet's first time, [D], and its slope as the first of a step."""
         raise NotImplementedError
 
     def _step(self, packet: Packet, z: Tensor) -> Tensor:
@@ -188,8 +246,7 @@ class FusedMomentumRK(FusedRK):
         self.gate_x, self.gate_f, self.sees_momentum = system.gate_x, system.gate_f, system.sees_momentum
         self.ahead = 1 if self.sees_momentum else 2
 
-    def _derivative(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
-        packet = self.flow.packet((t, t), 0.0)
+    def _derivative(self, packet: Packet, z: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self._evaluate(packet, z, [], [], 1)
         with torch.no_grad():
             (slope,) = self._stage(packet, z, [], outputs, 0).slopes
@@ -206,7 +263,7 @@ class FusedMomentumRK(FusedRK):
         keep = len(outputs) if self.dense or (tableau.adaptive and not slopes) else int(tableau.fsal)
         with torch.no_grad():
             finish = momentum_finish(
-                outputs, z, slopes, packet.coefficients, packet.dt, self._rtol, self._atol, tableau, self.gate_x,
+                outputs, z, slopes, packet.coefficients, packet.dt, self.rtol, self.atol, tableau, self.gate_x,
                 self.gate_f, keep,
             )  # fmt: skip
         self._slopes, self._error = [*slopes, *finish.slopes], finish.error
@@ -224,6 +281,10 @@ class FusedMomentumRK(FusedRK):
     def _dense_output(self, packet: Packet, z: Tensor, weights: Tensor) -> Tensor:
         with torch.no_grad():
             return momentum_dense_output(z, self._slopes, weights, packet.dt, self.tableau, self.gate_x)
+
+    def _emit(self, packet: Packet, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None:
+        run = dispatch.implementation("momentum_dense_output", z)
+        run(z, self._slopes, weights, packet.dt, self.tableau, self.gate_x, out, span)
 
     def _evaluate(
         self, packet: Packet, z: Tensor, slopes: list[Tensor], outputs: Sequence[Tensor], ahead: int
@@ -260,9 +321,9 @@ class FusedFirstOrderRK(FusedRK):
         super().accept()
         self._first_place = self._places[self.tableau.stages - 1] if self.tableau.fsal else 0
 
-    def _derivative(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _derivative(self, packet: Packet, z: Tensor) -> tuple[Tensor, Tensor]:
         self.outputs.release()
-        u = self._output(self.flow.packet((t,), 0.0).t[0], z).clone()
+        u = self._output(packet.t[0], z).clone()
         self._first_place = 0
         return u, u
 
@@ -280,7 +341,7 @@ class FusedFirstOrderRK(FusedRK):
         for i in range(tableau.stages - 1):
             z1 = self._extend(packet, z, slopes, i)
         with torch.no_grad():
-            finish = first_order_finish(z, slopes, packet.dt, self._rtol, self._atol, tableau)
+            finish = first_order_finish(z, slopes, packet.dt, self.rtol, self.atol, tableau)
         self._slopes, self._error = slopes, finish.error
         self._last = slopes[-1] if tableau.fsal else None
         return z1 if finish.y is None else finish.y
@@ -292,6 +353,10 @@ class FusedFirstOrderRK(FusedRK):
     def _dense_output(self, packet: Packet, z: Tensor, weights: Tensor) -> Tensor:
         with torch.no_grad():
             return first_order_dense_output(z, self._slopes, weights, packet.dt, self.tableau)
+
+    def _emit(self, packet: Packet, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None:
+        run = dispatch.implementation("first_order_dense_output", z)
+        run(z, self._slopes, weights, packet.dt, self.tableau, out, span)
 
     def _extend(self, packet: Packet, z: Tensor, slopes: list[Tensor], stage: int) -> Tensor:
         """Evaluate the stage after `stage` and append its slope; return its state."""

@@ -158,20 +158,13 @@ def _fixed(
 ) -> list[Tensor]:
     t, end = times[0], times[-1]
     sign = math.copysign(1.0, end - t)
-    step_size = options.step_size
-    assert step_size is not None
     start = t
-    # The last step is shorter where the size does not divide the interval; rounding must not add a sliver.
-    count = max(1, math.ceil(abs(end - t) / step_size * (1 - 1e-12)))
-    if count > options.max_steps:
-        raise SolveError(Status.MAX_STEPS, t, sign * step_size, 0)
-    if count > 1 and step_size <= 4 * math.ulp(max(abs(t), abs(end))):
-        raise SolveError(Status.STEP_UNDERFLOW, t, sign * step_size, 0)
+    size, count = fixed_steps(t, end, options)
     reached: list[Tensor] = []
     witnesses: list[Tensor] = []
     starts: list[float] = []
     for n in range(1, count + 1):
-        t1 = end if n == count else start + n * sign * step_size
+        t1 = end if n == count else start + n * size
         z1 = stepper.step(t, t1, z)
         progress.accepted += 1
         starts.append(t)
@@ -184,8 +177,26 @@ def _fixed(
     if not _finite(z):
         bad = torch.isfinite(torch.stack(witnesses)).tolist().index(False)
         good = [r for k, r in enumerate(reached, 1) if sign * (times[k] - starts[bad]) <= 0]
-        raise SolveError(Status.NON_FINITE, starts[bad], sign * step_size, bad + 1, tuple(good))
+        raise SolveError(Status.NON_FINITE, starts[bad], size, bad + 1, tuple(good))
     return reached
+
+
+def fixed_steps(t: float, end: float, options: LoopOptions) -> tuple[float, int]:
+    """The signed size of fixed steps from t to the end, and how many there are.
+
+    Raises:
+        SolveError: they are too many or too short.
+    """
+    step_size = options.step_size
+    assert step_size is not None
+    signed = math.copysign(step_size, end - t)
+    # The last step is shorter where the size does not divide the interval; rounding must not add a sliver.
+    count = max(1, math.ceil(abs(end - t) / step_size * (1 - 1e-12)))
+    if count > options.max_steps:
+        raise SolveError(Status.MAX_STEPS, t, signed, 0)
+    if count > 1 and step_size <= 4 * math.ulp(max(abs(t), abs(end))):
+        raise SolveError(Status.STEP_UNDERFLOW, t, signed, 0)
+    return signed, count
 
 
 def _emit(

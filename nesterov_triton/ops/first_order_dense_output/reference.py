@@ -26,10 +26,26 @@ def interpolated(base: Tensor, rows: Sequence[Tensor], weights: Tensor, dt: Tens
     return base + dt.to(base.dtype) * total
 
 
+def put(found: Tensor, out: Tensor | None, span: Tensor | None) -> Tensor:
+    """The states [T, D], in `out` if given: there only those in the span (first, count), which nobody reads."""
+    if out is None or span is None:
+        return found
+    first, count = span.unbind(0)
+    index = torch.arange(len(out), device=out.device)
+    inside = (index >= first) & (index < first + count)
+    return out.copy_(torch.where(inside[:, None], found, out))
+
+
 def first_order_dense_output(
-    y: Tensor, slopes: Sequence[Tensor], weights: Tensor, dt: Tensor, tableau: Tableau | None
+    y: Tensor,
+    slopes: Sequence[Tensor],
+    weights: Tensor,
+    dt: Tensor,
+    tableau: Tableau | None,
+    out: Tensor | None = None,
+    span: Tensor | None = None,
 ) -> Tensor:
     """See `ops.first_order_dense_output.first_order_dense_output`."""
     used = (True,) * len(slopes) if tableau is None else weighing(tableau)
     rows = [k.reshape(-1) for k in slopes]
-    return interpolated(y.reshape(-1).to(wide(y.dtype)), rows, weights, dt, used).to(y.dtype)
+    return put(interpolated(y.reshape(-1).to(wide(y.dtype)), rows, weights, dt, used).to(y.dtype), out, span)

@@ -9,13 +9,20 @@ from torch import Tensor
 
 from nesterov_triton.gates import Gate
 from nesterov_triton.ops.dispatch import wide
-from nesterov_triton.ops.first_order_dense_output.reference import interpolated, weighing
+from nesterov_triton.ops.first_order_dense_output.reference import interpolated, put, weighing
 from nesterov_triton.ops.runge_kutta import weighted
 from nesterov_triton.tableaus import Tableau
 
 
 def momentum_dense_output(
-    z: Tensor, slopes: Sequence[Tensor], weights: Tensor, dt: Tensor, tableau: Tableau, gate_x: Gate
+    z: Tensor,
+    slopes: Sequence[Tensor],
+    weights: Tensor,
+    dt: Tensor,
+    tableau: Tableau,
+    gate_x: Gate,
+    out: Tensor | None = None,
+    span: Tensor | None = None,
 ) -> Tensor:
     """See `ops.momentum_dense_output.momentum_dense_output`."""
     dtype, used = wide(z.dtype), weighing(tableau)
@@ -23,4 +30,4 @@ def momentum_dense_output(
     dm = [k.reshape(-1) for k in slopes]
     dx = [gate_x(m + dt.to(dtype) * weighted(dm, row, m)) for row in tableau.all_a]
     parts = (interpolated(base, rows, weights, dt, used) for base, rows in ((x, dx), (m, dm)))
-    return torch.cat(tuple(parts), dim=1).to(z.dtype)
+    return put(torch.cat(tuple(parts), dim=1).to(z.dtype), out, span)

@@ -1,0 +1,92 @@
+"""The forward solve of every strategy."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nesterov_triton import transforms
+from nesterov_triton.flow import Flow
+from nesterov_triton.gradients.on_device import on_device
+from nesterov_triton.gradients.problem import Problem
+from nesterov_triton.kernels import Path
+from nesterov_triton.stepping import device_loop
+from nesterov_triton.stepping.device_loop import DeviceLoop
+from nesterov_triton.stepping.explicit_rk import ExplicitRK
+from nesterov_triton.stepping.fused_rk import FusedFirstOrderRK, FusedMomentumRK
+from nesterov_triton.stepping.loop import AcceptedStep, OnAccept, Progress, integrate
+from nesterov_triton.stepping.stepper import Stepper, TimeAxis
+
+
+def forward(
+    problem: Problem, flow: Flow, on_accept: OnAccept | None = None, *, differentiable: bool = False
+) -> list[Tensor]:
+    """The states, [D] each, at the requested times after the first; counts into the problem's stats.
+
+    Raises:
+        SolveError: the last time was not reached.
+    """
+    path = Path(False, "gradient='backprop' records every operation") if differentiable else problem.path()
+    problem.stats.path = str(path)
+    progress = Progress()
+    try:
+        if not differentiable:
+            states = _on_device(problem, flow, on_accept, progress)
+            if states is not None:
+                return states
+        else:
+            problem.stats.loop = "eager: gradient='backprop' records every operation"
+        stepper = _stepper(problem, flow, path, differentiable)
+        z = problem.z if differentiable else problem.z.detach()
+        return integrate(stepper, z, problem.times.tolist(), problem.options, progress, on_accept)
+    finally:
+        problem.stats.nfe_forward += flow.network.evaluations
+        problem.stats.accepted += progress.accepted
+        problem.stats.rejected += progress.rejected
+
+
+def _stepper(problem: Problem, flow: Flow, path: Path, differentiable: bool) -> Stepper:
+    dense = len(problem.times) > 2
+    if path.kernels:
+        return _fused(problem, flow, dense)
+    moving = problem.times.requires_grad or transforms.carries(problem.times)
+    axis = TimeAxis(problem.times) if differentiable and moving else None
+    return ExplicitRK(
+        problem.tableau,
+        flow,
+        flow.rows,
+        problem.z if differentiable else problem.z.detach(),
+        problem.tolerance,
+        dense=dense,
+        differentiable=differentiable,
+        axis=axis,
+    )
+
+
+def _fused(problem: Problem, flow: Flow, dense: bool) -> FusedFirstOrderRK | FusedMomentumRK:
+    kind = FusedFirstOrderRK if flow.rows == 1 else FusedMomentumRK
+    return kind(problem.tableau, flow, problem.tolerance, dense=dense)
+
+
+def _on_device(problem: Problem, flow: Flow, on_accept: OnAccept | None, progress: Progress) -> list[Tensor] | None:
+    """The states by a loop on the device; None where the eager loop is to make them."""
+    times, z = problem.times.tolist(), problem.z.detach()
+    inside, taped = len(times) - 2, on_accept is not None
+
+    def make() -> DeviceLoop:
+        return DeviceLoop(_fused(problem, flow, inside > 0), flow.rows, z, inside, taped)
+
+    def solve(loop: DeviceLoop) -> tuple[list[Tensor], list[AcceptedStep]]:
+        tape: list[AcceptedStep] = []
+        progress.accepted, progress.rejected, progress.dt = 0, 0, None
+        loop.bind(flow)
+        keep = tape.append if taped else None
+        return device_loop.integrate(loop, z, times, problem.tolerance, problem.options, progress, keep), tape
+
+    found = on_device(problem, flow, "forward", (inside, taped), z, times[0], "", make, solve, lambda done: done[0])
+    if found is None:
+        return None
+    states, tape = found
+    for step in tape:
+        assert on_accept is not None
+        on_accept(step)
+    return states

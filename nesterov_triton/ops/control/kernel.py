@@ -1,0 +1,300 @@
+"""Triton kernels of the on-device control: a handful of float64 numbers, and the rows that an accepted step moves.
+
+`end` is one launch for decision and rows. Every program forms the decision for itself, from `attempt`, which nobody
+writes meanwhile; the first one leaves it in `decided`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nesterov_triton.gates import Identity, kernel_form
+from nesterov_triton.gates_triton import FORMS
+from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW, Law, Setting, Slot
+from nesterov_triton.ops.control import SLOTS as LENGTH
+from nesterov_triton.ops.runge_kutta.kernel import launch_shape, start
+from nesterov_triton.tableaus import Tableau
+
+
+def constants(*members: int) -> list[tl.constexpr]:
+    return [tl.constexpr(int(member)) for member in members]
+
+
+# A kernel sees no enumeration.
+T, DT, PREVIOUS, FINITE = constants(Slot.T, Slot.DT, Slot.PREVIOUS, Slot.FINITE)
+AFTER_REJECTION, STATUS = constants(Slot.AFTER_REJECTION, Slot.STATUS)
+ACCEPTED, REJECTED, OUTPUT, TAPED = constants(Slot.ACCEPTED, Slot.REJECTED, Slot.OUTPUT, Slot.TAPED)
+FIRST_FINITE, T1, H, LAST = constants(Slot.FIRST_FINITE, Slot.T1, Slot.H, Slot.LAST)
+ACTIVE, OK = constants(Slot.ACTIVE, Slot.OK)
+START, END, STEP_SIZE, COUNT = constants(Setting.START, Setting.END, Setting.STEP_SIZE, Setting.COUNT)
+LIMIT, SAFETY, CAPACITY = constants(Setting.MAX_STEPS, Setting.SAFETY, Setting.CAPACITY)
+MIN_FACTOR, MAX_FACTOR = constants(Setting.MIN_FACTOR, Setting.MAX_FACTOR)
+ALPHA, BETA, PLAIN = constants(Setting.ALPHA, Setting.BETA, Setting.PLAIN)
+DAMPING, XI = constants(Setting.DAMPING, Setting.XI)
+RUNS, TOO_MANY, UNDERFLOW, BAD = (tl.constexpr(float(x)) for x in (RUNNING, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE))
+SLOTS = tl.constexpr(LENGTH)
+
+
+@triton.jit
+def begin_kernel(
+    decided_ptr, attempt_ptr, setting_ptr, nodes_ptr, times_ptr, coefficients_ptr, dt_ptr, stages,
+    ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, EXACT: tl.constexpr, SIGN: tl.constexpr,
+    gate: tl.constexpr, BOUND: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program; see `ops.control.begin`. MOMENTUM to SIGN, gate and BOUND: the law."""
+    t = tl.load(decided_ptr + T)
+    planned = tl.load(decided_ptr + DT)
+    status = tl.load(decided_ptr + STATUS)
+    goal = tl.load(setting_ptr + END)
+    accepted = tl.load(decided_ptr + ACCEPTED)
+    active = (status == RUNS) & (t != goal) & (tl.load(decided_ptr + TAPED) < tl.load(setting_ptr + CAPACITY))
+    if ADAPTIVE:
+        after_rejection = tl.load(decided_ptr + AFTER_REJECTION) != 0
+        # A last step up to 1 % longer than planned rather than a sliver after it, but not after a rejection.
+        stretched = tl.where(after_rejection, tl.abs(planned), tl.abs(planned) * 1.01)
+        last = stretched >= tl.abs(goal - t)
+        t1 = tl.where(last, goal, t + planned)
+        size = tl.abs(t)
+        grain = (size.to(tl.int64, bitcast=True) + 1).to(tl.float64, bitcast=True) - size
+        stuck = (tl.abs(t1 - t) <= 4 * grain) & ((last == 0) | after_rejection)
+        zero = t - t  # float64, which the numbers by themselves are not
+        why = tl.where(tl.load(decided_ptr + FINITE) != 0, zero + UNDERFLOW, zero + BAD)
+        attempted = accepted + tl.load(decided_ptr + REJECTED)
+        failed = tl.where(attempted >= tl.load(setting_ptr + LIMIT), TOO_MANY, tl.where(stuck, why, RUNS))
+        status = tl.where(active, failed, status)
+        active = active & (status == RUNS)
+    else:
+        number = accepted + 1
+        last = number >= tl.load(setting_ptr + COUNT)
+        t1 = tl.where(last, goal, tl.load(setting_ptr + START) + number * tl.load(setting_ptr + STEP_SIZE))
+    h = t1 - t
+    slots = tl.arange(0, SLOTS).to(tl.int64)
+    after = tl.load(decided_ptr + slots)
+    after = tl.where(slots == STATUS, status, after)
+    after = tl.where(slots == T1, t1, after)
+    after = tl.where(slots == H, h, after)
+    after = tl.where(slots == LAST, last.to(tl.float64), after)
+    after = tl.where(slots == ACTIVE, active.to(tl.float64), after)
+    tl.store(attempt_ptr + slots, after)
+
+    lanes = tl.arange(0, LANES).to(tl.int64)
+    mask = lanes < stages
+    node = tl.load(nodes_ptr + lanes, mask=mask, other=0.0)
+    at = tl.where(node == 1, t1, t + node * h)
+    tl.store(times_ptr + lanes, at, mask=mask)
+    tl.store(dt_ptr, h)
+    if MOMENTUM:
+        one = tl.zeros_like(at) + 1.0
+        scale = one
+        if NESTEROV:
+            safe = tl.where(mask, at, one)
+            scale = gate(tl.exp(0.5 * safe) / (safe * tl.sqrt(safe)), BOUND)
+        q = -tl.load(setting_ptr + XI) * scale
+        drive = one * SIGN
+        if EXACT:
+            drive = drive / scale
+            q += 0.75 / (at * at) - 0.25
+        rows = coefficients_ptr + lanes * 4
+        tl.store(rows, scale, mask=mask)
+        tl.store(rows + 1, drive, mask=mask)
+        tl.store(rows + 2, q, mask=mask)
+        tl.store(rows + 3, one * -tl.load(setting_ptr + DAMPING), mask=mask)
+
+
+def launch_begin(
+    decided: Tensor,
+    attempt: Tensor,
+    setting: Tensor,
+    nodes: Tensor,
+    times: Tensor,
+    coefficients: Tensor,
+    dt: Tensor,
+    adaptive: bool,
+    law: Law | None,
+) -> None:
+    """As `ops.control.begin`, by the kernel."""
+    form = kernel_form(Identity() if law is None else law.gate)
+    if form is None:
+        raise ValueError("no Triton form of the gate")
+    nesterov, exact, sign = (False, False, 1.0) if law is None else (law.nesterov, law.exact, law.sign)
+    start(
+        begin_kernel, 1, decided, attempt, setting, nodes, times, coefficients, dt, len(nodes),
+        adaptive, law is not None, nesterov, exact, sign, FORMS[form[0]], form[1],
+        max(triton.next_power_of_2(len(nodes)), 2), num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def passed(requested_ptr, count, t1, h, LANES: tl.constexpr):
+    """How many of the requested times lie up to t1."""
+    lanes = tl.arange(0, LANES).to(tl.int64)
+    found = tl.zeros([LANES], tl.int32)
+    for first in range(0, count, LANES):
+        inside = first + lanes < count
+        beyond = tl.load(requested_ptr + first + lanes, mask=inside, other=0.0) - t1
+        found += (inside & (tl.where(h < 0, -beyond, beyond) <= 0)).to(tl.int32)
+    return tl.sum(found, axis=0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def weigh_kernel(
+    attempt_ptr, error_ptr, requested_ptr, weights_ptr, span_ptr, count,
+    POLYNOMIALS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program; see `ops.control.weigh`. POLYNOMIALS: of the interpolant, a row a stage, without constants."""
+    t, h, t1 = tl.load(attempt_ptr + T), tl.load(attempt_ptr + H), tl.load(attempt_ptr + T1)
+    ok = (tl.load(attempt_ptr + ACTIVE) != 0) & (tl.load(error_ptr) <= 1)
+    first = tl.load(attempt_ptr + OUTPUT).to(tl.int64)
+    until = passed(requested_ptr, count, t1, h, LANES).to(tl.int64)
+    tl.store(span_ptr, first)
+    tl.store(span_ptr + 1, tl.where(ok, until - first, 0))
+    lanes = tl.arange(0, LANES).to(tl.int64)
+    for offset in range(0, count, LANES):
+        mask = offset + lanes < count
+        theta = (tl.load(requested_ptr + offset + lanes, mask=mask, other=0.0) - t) / h
+        for stage in tl.static_range(len(POLYNOMIALS)):
+            value = tl.zeros_like(theta)
+            for k in tl.static_range(len(POLYNOMIALS[stage])):
+                # Horner's scheme, the highest power first.
+                value = theta * (value + POLYNOMIALS[stage][len(POLYNOMIALS[stage]) - 1 - k])
+            tl.store(weights_ptr + (offset + lanes) * len(POLYNOMIALS) + stage, value, mask=mask)
+
+
+def launch_weigh(
+    attempt: Tensor, error: Tensor, requested: Tensor, weights: Tensor, span: Tensor, tableau: Tableau
+) -> None:
+    """As `ops.control.weigh`, by the kernel."""
+    start(
+        weigh_kernel, 1, attempt, error, requested, weights, span, len(requested), tableau.interpolant, 64, num_warps=2
+    )
+
+
+@triton.jit(do_not_specialize=["count"])
+def end_kernel(
+    attempt_ptr, decided_ptr, setting_ptr, error_ptr, requested_ptr, kept, new, tape_ptr, spans_ptr, n, count,
+    TAPE_ROWS: tl.constexpr, ADAPTIVE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of the rows, and in the first program the decision; see `ops.control.end`.
+
+    Args:
+        kept, new: as tuples of pointers.
+        TAPE_ROWS: how many of them go on the tape.
+    """
+    error = tl.load(error_ptr)
+    active = tl.load(attempt_ptr + ACTIVE) != 0
+    ok = active & (error <= 1)
+    taped = tl.load(attempt_ptr + TAPED)
+    t, t1, h = tl.load(attempt_ptr + T), tl.load(attempt_ptr + T1), tl.load(attempt_ptr + H)
+    if ok:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < n
+        for j in tl.static_range(len(kept)):
+            if j < TAPE_ROWS:
+                place = tape_ptr + (taped.to(tl.int64) * TAPE_ROWS + j) * n
+                tl.store(place + offsets, tl.load(kept[j] + offsets, mask=mask), mask=mask)
+            tl.store(kept[j] + offsets, tl.load(new[j] + offsets, mask=mask), mask=mask)
+
+    if tl.program_id(0) == 0:
+        if TAPE_ROWS > 0:
+            if ok:
+                tl.store(spans_ptr + taped.to(tl.int64) * 2, t)
+                tl.store(spans_ptr + taped.to(tl.int64) * 2 + 1, t1)
+        finite = tl.abs(error) < float("inf")
+        rejected = active & ((error <= 1) == 0)
+        slots = tl.arange(0, SLOTS).to(tl.int64)
+        after = tl.load(attempt_ptr + slots)
+        status = tl.load(attempt_ptr + STATUS)
+        if ADAPTIVE:
+            after_rejection = tl.load(attempt_ptr + AFTER_REJECTION) != 0
+            previous = tl.load(attempt_ptr + PREVIOUS)
+            planned = tl.load(attempt_ptr + DT)
+            accepted = error <= 1
+            # Powers by logarithms; of an error of 0 or one that is not finite they are not looked at.
+            usable = finite & (error > 0)
+            log = tl.log(tl.where(usable, error, 1.0))
+            smooth = tl.exp(tl.load(setting_ptr + BETA) * tl.log(previous) - tl.load(setting_ptr + ALPHA) * log)
+            plain = tl.exp(-tl.load(setting_ptr + PLAIN) * log)
+            wanted = tl.load(setting_ptr + SAFETY) * tl.where(accepted, smooth, plain)
+            highest = tl.where(after_rejection | (accepted == 0), 1.0, tl.load(setting_ptr + MAX_FACTOR))
+            factor = tl.minimum(tl.maximum(wanted, tl.load(setting_ptr + MIN_FACTOR)), highest)
+            factor = tl.where(error == 0, highest, factor)
+            factor = tl.where(finite, factor, tl.load(setting_ptr + MIN_FACTOR))
+            dt = h * factor
+            # The step that ended here was cut short: what it was planned to be says more of the next interval.
+            cut = ok & (tl.load(attempt_ptr + LAST) != 0) & (tl.abs(planned) > tl.abs(dt))
+            dt = tl.where(cut, tl.where(h < 0, -tl.abs(planned), tl.abs(planned)), dt)
+            after = tl.where(slots == DT, tl.where(active, dt, planned), after)
+            # Not tl.maximum, which would take the number for a float32.
+            least = tl.where(error > 1e-4, error, 1e-4)
+            after = tl.where(slots == PREVIOUS, tl.where(ok, least, previous), after)
+            after_rejection = tl.where(active, rejected, after_rejection).to(tl.float64)
+            after = tl.where(slots == AFTER_REJECTION, after_rejection, after)
+            was = tl.load(attempt_ptr + FINITE) != 0
+            after = tl.where(slots == FINITE, tl.where(active, ok | finite, was).to(tl.float64), after)
+            # A step too long may overflow and is tried again shorter; nothing mends a slope that is not finite.
+            bad = rejected & (finite == 0) & (tl.load(attempt_ptr + FIRST_FINITE) == 0)
+            count_rejected = rejected
+        else:
+            bad = rejected
+            count_rejected = active & (active == 0)
+        after = tl.where(slots == STATUS, tl.where(bad, BAD, status), after)
+        after = tl.where(slots == T, tl.where(ok, t1, t), after)
+        counted = (active & (count_rejected == 0)).to(tl.float64)
+        after = tl.where(slots == ACCEPTED, after + counted, after)
+        after = tl.where(slots == REJECTED, after + count_rejected.to(tl.float64), after)
+        after = tl.where(slots == TAPED, after + ok.to(tl.float64), after)
+        after = tl.where(slots == FIRST_FINITE, tl.where(ok, 1.0, tl.load(attempt_ptr + FIRST_FINITE)), after)
+        after = tl.where(slots == OK, ok.to(tl.float64), after)
+        if requested_ptr is not None:
+            until = passed(requested_ptr, count, t1, h, LANES).to(tl.float64)
+            after = tl.where(slots == OUTPUT, tl.where(ok, until, tl.load(attempt_ptr + OUTPUT)), after)
+        tl.store(decided_ptr + slots, after)
+
+
+def launch_end(
+    attempt: Tensor,
+    decided: Tensor,
+    setting: Tensor,
+    error: Tensor,
+    requested: Tensor | None,
+    kept: Sequence[Tensor],
+    new: Sequence[Tensor],
+    tape: Tensor | None,
+    spans: Tensor | None,
+    adaptive: bool,
+) -> None:
+    """As `ops.control.end`, by the kernel."""
+    n = kept[0].numel()
+    programs, block, options = launch_shape(n, kept[0].dtype)
+    start(
+        end_kernel, max(programs, 1), attempt, decided, setting, error, requested, tuple(kept), tuple(new), tape, spans,
+        n, 0 if requested is None else len(requested), 0 if tape is None else tape.shape[1], adaptive, 64, block,
+        **options,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_accepted_kernel(decided_ptr, attempt_ptr, total_ptr, step_ptr, kept_ptr, new_ptr, n, BLOCK: tl.constexpr):
+    """One block; see `ops.control.add_accepted`."""
+    if tl.load(decided_ptr + OK) != 0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < n
+        h = tl.load(attempt_ptr + H).to(total_ptr.dtype.element_ty)
+        total = tl.load(total_ptr + offsets, mask=mask) - h * tl.load(step_ptr + offsets, mask=mask)
+        tl.store(total_ptr + offsets, total, mask=mask)
+        if kept_ptr is not None:
+            tl.store(kept_ptr + offsets, tl.load(new_ptr + offsets, mask=mask), mask=mask)
+
+
+def launch_add_accepted(
+    decided: Tensor, attempt: Tensor, total: Tensor, step: Tensor, kept: Tensor | None, new: Tensor | None
+) -> None:
+    """As `ops.control.add_accepted`, by the kernel."""
+    n = total.numel()
+    if n:
+        programs, block, options = launch_shape(n, total.dtype)
+        start(add_accepted_kernel, programs, decided, attempt, total, step, kept, new, n, block, **options)

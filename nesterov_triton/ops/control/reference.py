@@ -1,0 +1,159 @@
+"""Torch reference of the on-device control: no value is looked at from Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW, Law, Setting, Slot
+from nesterov_triton.tableaus import Tableau
+
+
+def begin(
+    decided: Tensor,
+    attempt: Tensor,
+    setting: Tensor,
+    nodes: Tensor,
+    times: Tensor,
+    coefficients: Tensor,
+    dt: Tensor,
+    adaptive: bool,
+    law: Law | None,
+) -> None:
+    """See `ops.control.begin`."""
+    c, s = decided.unbind(0), setting.unbind(0)
+    t, planned, status = c[Slot.T], c[Slot.DT], c[Slot.STATUS]
+    goal, attempted = s[Setting.END], c[Slot.ACCEPTED] + c[Slot.REJECTED]
+    active = (status == RUNNING) & (t != goal) & (c[Slot.TAPED] < s[Setting.CAPACITY])
+    if adaptive:
+        after_rejection = c[Slot.AFTER_REJECTION] != 0
+        # A last step up to 1 % longer than planned rather than a sliver after it, but not after a rejection.
+        stretch = torch.where(after_rejection, 1.0, 1.01)
+        last = stretch * planned.abs() >= (goal - t).abs()
+        t1 = torch.where(last, goal, t + planned)
+        size = t.abs()
+        grain = torch.nextafter(size, torch.full_like(size, math.inf)) - size
+        stuck = ((t1 - t).abs() <= 4 * grain) & (~last | after_rejection)
+        why = torch.where(c[Slot.FINITE] != 0, STEP_UNDERFLOW, NON_FINITE)
+        failed = torch.where(attempted >= s[Setting.MAX_STEPS], MAX_STEPS, torch.where(stuck, why, RUNNING))
+        status = torch.where(active, failed, status)
+        active = active & (status == RUNNING)
+    else:
+        number = c[Slot.ACCEPTED] + 1
+        last = number >= s[Setting.COUNT]
+        t1 = torch.where(last, goal, s[Setting.START] + number * s[Setting.STEP_SIZE])
+    h = t1 - t
+    attempt.copy_(decided)
+    attempt[Slot.STATUS].copy_(status)
+    for slot, value in ((Slot.T1, t1), (Slot.H, h), (Slot.LAST, last), (Slot.ACTIVE, active)):
+        attempt[slot].copy_(value)
+    at = torch.where(nodes == 1, t1, t + nodes * h)
+    times.copy_(at)
+    dt.copy_(h)
+    if law is not None:
+        coefficients.copy_(factors(at, law, s[Setting.DAMPING], s[Setting.XI]))
+
+
+def factors(t: Tensor, law: Law, damping: Tensor, xi: Tensor) -> Tensor:
+    """Rows (κ, s, q, -γ) at the times `t`, [s] float64: [s, 4]."""
+    scale = law.gate(t**-1.5 * torch.exp(0.5 * t)) if law.nesterov else torch.ones_like(t)
+    drive = law.sign / scale if law.exact else torch.full_like(t, law.sign)
+    q = -xi * scale
+    if law.exact:
+        q = q + (0.75 / (t * t) - 0.25)
+    return torch.stack((scale, drive, q, -damping * torch.ones_like(t)), dim=1)
+
+
+def weigh(attempt: Tensor, error: Tensor, requested: Tensor, weights: Tensor, span: Tensor, tableau: Tableau) -> None:
+    """See `ops.control.weigh`."""
+    a = attempt.unbind(0)
+    theta = (requested - a[Slot.T]) / a[Slot.H]
+    polynomials = torch.tensor(tableau.interpolant, dtype=torch.float64, device=attempt.device)
+    powers = torch.arange(1, polynomials.shape[1] + 1, dtype=torch.float64, device=attempt.device)
+    weights.copy_((theta[:, None] ** powers) @ polynomials.T)
+    ok = (a[Slot.ACTIVE] != 0) & (error <= 1)
+    span[0].copy_(a[Slot.OUTPUT])
+    span[1].copy_(torch.where(ok, _passed(requested, a[Slot.T1], a[Slot.H]) - a[Slot.OUTPUT], 0))
+
+
+def _passed(requested: Tensor, t1: Tensor, h: Tensor) -> Tensor:
+    """How many of the times lie up to t1."""
+    return (torch.sign(h) * (requested - t1) <= 0).sum()
+
+
+def end(
+    attempt: Tensor,
+    decided: Tensor,
+    setting: Tensor,
+    error: Tensor,
+    requested: Tensor | None,
+    kept: Sequence[Tensor],
+    new: Sequence[Tensor],
+    tape: Tensor | None,
+    spans: Tensor | None,
+    adaptive: bool,
+) -> None:
+    """See `ops.control.end`."""
+    a, s = attempt.unbind(0), setting.unbind(0)
+    active, t1, h = a[Slot.ACTIVE] != 0, a[Slot.T1], a[Slot.H]
+    finite = torch.isfinite(error)
+    ok = active & (error <= 1)
+    rejected = active & ~ok
+    after = list(a)
+    if adaptive:
+        after_rejection = a[Slot.AFTER_REJECTION] != 0
+        factor = _factor(s, error, a[Slot.PREVIOUS], after_rejection)
+        dt = h * factor
+        # The step that ended here was cut short: what it was planned to be says more of the next interval.
+        longest = torch.sign(h) * torch.maximum(dt.abs(), a[Slot.DT].abs())
+        dt = torch.where(ok & (a[Slot.LAST] != 0), longest, dt)
+        after[Slot.DT] = torch.where(active, dt, a[Slot.DT])
+        after[Slot.PREVIOUS] = torch.where(ok, error.clamp_min(1e-4), a[Slot.PREVIOUS])
+        after[Slot.AFTER_REJECTION] = torch.where(active, rejected, after_rejection)
+        after[Slot.FINITE] = torch.where(active, ok | finite, a[Slot.FINITE] != 0)
+        # A step too long may overflow and is tried again shorter; nothing mends a slope that is not finite.
+        bad = rejected & ~finite & (a[Slot.FIRST_FINITE] == 0)
+    else:
+        bad, rejected = rejected, torch.zeros_like(rejected)
+    after[Slot.STATUS] = torch.where(bad, NON_FINITE, a[Slot.STATUS])
+    after[Slot.T] = torch.where(ok, t1, a[Slot.T])
+    after[Slot.ACCEPTED] = a[Slot.ACCEPTED] + (active & ~rejected)
+    after[Slot.REJECTED] = a[Slot.REJECTED] + rejected
+    after[Slot.TAPED] = a[Slot.TAPED] + ok
+    after[Slot.FIRST_FINITE] = torch.where(ok, 1.0, a[Slot.FIRST_FINITE])
+    after[Slot.OK] = ok
+    if requested is not None:
+        after[Slot.OUTPUT] = torch.where(ok, _passed(requested, t1, h), a[Slot.OUTPUT])
+    decided.copy_(torch.stack([x.to(torch.float64) for x in after]))
+    if tape is not None and spans is not None:
+        slot = a[Slot.TAPED].to(torch.int64).clamp_max(len(tape) - 1).view(1)
+        state = torch.stack(tuple(kept[: tape.shape[1]])).unsqueeze(0)
+        ends = torch.stack((a[Slot.T], t1)).unsqueeze(0)
+        for memory, value in ((tape, state), (spans, ends)):
+            memory.index_copy_(0, slot, torch.where(ok, value, memory.index_select(0, slot)))
+    for row, value in zip(kept, new, strict=True):
+        row.copy_(torch.where(ok, value, row))
+
+
+def _factor(s: Sequence[Tensor], error: Tensor, previous: Tensor, after_rejection: Tensor) -> Tensor:
+    """`Integral.factor`."""
+    accepted = error <= 1
+    highest = torch.where(after_rejection | ~accepted, 1.0, s[Setting.MAX_FACTOR])
+    smooth = error ** (-s[Setting.ALPHA]) * previous ** s[Setting.BETA]
+    wanted = s[Setting.SAFETY] * torch.where(accepted, smooth, error ** (-s[Setting.PLAIN]))
+    factor = torch.minimum(torch.maximum(wanted, s[Setting.MIN_FACTOR]), highest)
+    factor = torch.where(error == 0, highest, factor)
+    return torch.where(torch.isfinite(error), factor, s[Setting.MIN_FACTOR])
+
+
+def add_accepted(
+    decided: Tensor, attempt: Tensor, total: Tensor, step: Tensor, kept: Tensor | None, new: Tensor | None
+) -> None:
+    """See `ops.control.add_accepted`."""
+    ok = decided[Slot.OK] != 0
+    total.copy_(torch.where(ok, total - attempt[Slot.H].to(total.dtype) * step, total))
+    if kept is not None and new is not None:
+        kept.copy_(torch.where(ok, new, kept))

@@ -1,0 +1,418 @@
+"""The loop whose decisions are made on the device: the host launches attempted steps and never waits for one.
+
+The same steps as `loop`, decided by `ops.control`. All that an attempt reads and writes stays where it is, from attempt
+to attempt and from solve to solve, so that an attempt can be captured once, as a CUDA graph, and replayed. On a CPU it
+is simply called.
+
+The device reports: after every attempt control is copied to pinned memory, which the host looks at, without a call to
+the driver, to see how many attempts are done and whether the solve is. It launches as many as the last solve took, and
+then one at a time. An attempt launched after the end changes nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nesterov_triton.flow import Flow, Packet
+from nesterov_triton.ops import control
+from nesterov_triton.ops.control import SETTINGS, SLOTS, Law, Setting, Slot
+from nesterov_triton.status import SolveError, Status
+from nesterov_triton.stepping.fused_rk import Attempt
+from nesterov_triton.stepping.loop import AcceptedStep, LoopOptions, Progress, fixed_steps
+from nesterov_triton.stepping.stepper import Tolerance
+from nesterov_triton.systems import Momentum, System
+from nesterov_triton.tableaus import Tableau
+
+FAILURES = {
+    control.MAX_STEPS: Status.MAX_STEPS,
+    control.STEP_UNDERFLOW: Status.STEP_UNDERFLOW,
+    control.NON_FINITE: Status.NON_FINITE,
+}
+TAPE_BYTES = 256 * 2**20  # of a tape, which holds at least 4 and at most 64 steps
+SHORT = 2e-4  # seconds; a shorter attempt is launched while the one before is still under way
+
+
+class DeviceStepper(Protocol):
+    """Steps that a device loop can take; see `fused_rk.FusedRK`."""
+
+    tableau: Tableau
+    flow: Flow
+    rtol: Tensor
+    atol: Tensor
+
+    def bind(self, flow: Flow) -> None: ...
+
+    def release(self) -> None: ...
+
+    def derivative(self, packet: Packet, z: Tensor, start: bool) -> tuple[Tensor, list[Tensor]]: ...
+
+    def attempt(self, packet: Packet, z: Tensor, first: Sequence[Tensor]) -> Attempt: ...
+
+    def emit(self, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None: ...
+
+    def commit(self, decided: Tensor, attempt: Tensor) -> None: ...
+
+
+class StageMemory(NamedTuple):
+    """Where `ops.control.begin` leaves what stages need."""
+
+    times: Tensor  # [s] in the state's dtype
+    coefficients: Tensor  # [s, 4] float64
+    dt: Tensor  # [1] float64
+
+    @classmethod
+    def of(cls, stages: int, like: Tensor) -> StageMemory:
+        wide: Any = {"dtype": torch.float64, "device": like.device}
+        return cls(like.new_zeros(stages), torch.zeros((stages, 4), **wide), torch.zeros(1, **wide))
+
+    @property
+    def packet(self) -> Packet:
+        return Packet(self.times.unbind(0), self.coefficients, self.dt)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Control as an attempt left it."""
+
+    t: float
+    dt: float  # of the next attempt
+    status: int
+    accepted: int
+    rejected: int
+    output: int
+    taped: int
+    h: float  # of the last attempt
+
+    @property
+    def attempts(self) -> int:
+        return self.accepted + self.rejected
+
+
+class DeviceLoop:
+    """Attempted steps of one method on states of one size, all in memory of their own.
+
+    Args:
+        stepper: takes the steps.
+        rows: of the state, [D] = rows · N.
+        like: a state, [D]: gives size, dtype and device.
+        inside: how many times are requested strictly inside the interval.
+        taped: whether every accepted step's start is kept.
+
+    Attributes:
+        parts: what is called again and again; a captured function may be put in the place of each.
+        used: the parts that have been called.
+        spent: evaluations of the field in the last solve.
+    """
+
+    def __init__(self, stepper: Any, rows: int, like: Tensor, inside: int = 0, taped: bool = False) -> None:
+        self.stepper: DeviceStepper = stepper
+        tableau, system, device = stepper.tableau, stepper.flow.system, like.device
+        self._law = law_of(system)
+        stages = len(tableau.all_c) if inside else tableau.stages
+        wide: Any = {"dtype": torch.float64, "device": device}
+
+        # One transfer brings a solve's numbers: control, settings, requested times, nodes.
+        nodes = tableau.all_c[: max(stages, 2)]
+        self._nodes = [float(c) for c in nodes] + [0.0] * (2 - len(nodes))
+        sizes = [SLOTS, SETTINGS, inside, len(self._nodes)]
+        self._numbers = torch.zeros(sum(sizes), **wide)
+        self.decided, self.setting, requested, self._all_nodes = torch.split(self._numbers, sizes)
+        self.requested = requested if inside else None
+        self.attempted = torch.zeros(SLOTS, **wide)
+        self._trial = torch.zeros(SLOTS, **wide)
+        pinned = device.type == "cuda"
+        self._mirror = torch.zeros(SLOTS, dtype=torch.float64, pin_memory=pinned)
+        # Looked at without a call to torch.
+        self._values = (ctypes.c_double * SLOTS).from_address(self._mirror.data_ptr())
+        stepper.rtol, stepper.atol = self.setting[Setting.RTOL], self.setting[Setting.ATOL]
+
+        self.z = torch.zeros_like(like)
+        self._rows = list(self.z.view(rows, -1).unbind(0))
+        self._first: list[Tensor] = []  # what the next step starts with, of FSAL methods
+        self._slope: Tensor | None = None
+        n = self._rows[0].numel()
+        room = TAPE_BYTES // max(like.numel() * like.element_size(), 1)
+        self.capacity = min(64, max(4, room)) if taped else 0
+        self.tape = like.new_zeros((self.capacity, rows, n)) if taped else None
+        self.spans = torch.zeros((self.capacity, 2), **wide) if taped else None
+        self.outputs = like.new_zeros((inside, like.numel()))
+        self._weights = torch.zeros((inside, len(tableau.interpolant)), **wide)
+        self._span = torch.zeros(2, dtype=torch.int64, device=device)
+        self._stages = StageMemory.of(len(self._nodes), like)
+        self._trial_stages = StageMemory.of(2, like)
+
+        self.parts: dict[str, Callable[[], None]] = {
+            "attempt": self._attempt, "begin": self._start, "begin and choose": lambda: self._start(choose=True),
+        }  # fmt: skip
+        self.used: set[str] = set()
+        self._costs: dict[str, int] = {}  # evaluations of the field in each part
+        self.spent = 0
+        self._solves = 0
+        self._end = math.nan
+        self._expected = 1
+        self._seconds = 0.0  # of an attempt, as seen from the host
+        self._event: Any = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+
+    def bind(self, flow: Flow) -> None:
+        """Go on with this flow, in solves like the first."""
+        self.stepper.bind(flow)
+
+    def release(self) -> None:
+        """Hold nothing of the solve that is over."""
+        self.stepper.release()
+
+    # -- on the device -------------------------------------------------------------------------------------------------
+
+    def _attempt(self) -> None:
+        """One attempted step, decided; nothing is read."""
+        stepper = self.stepper
+        adaptive = stepper.tableau.adaptive
+        before = stepper.flow.network.evaluations
+        with torch.no_grad():
+            self._begin(self.decided, self._stages, adaptive)
+        done = stepper.attempt(self._stages.packet, self.z, self._first)
+        with torch.no_grad():
+            if self.requested is not None:
+                control.weigh(self.attempted, done.error, self.requested, self._weights, self._span, stepper.tableau)
+                stepper.emit(self.z, self._weights, self.outputs, self._span)
+            kept, new = [*self._rows, *self._first], [*done.z.view(len(self._rows), -1).unbind(0), *done.last]
+            control.end(
+                self.attempted, self.decided, self.setting, done.error, self.requested, kept, new, self.tape,
+                self.spans, adaptive,
+            )  # fmt: skip
+            stepper.commit(self.decided, self.attempted)
+            self._mirror.copy_(self.decided, non_blocking=True)
+        self._costs["attempt"] = stepper.flow.network.evaluations - before
+
+    def _start(self, choose: bool = False) -> None:
+        """The slope at the start, and the first step size if it is to be chosen."""
+        stepper, before = self.stepper, self.stepper.flow.network.evaluations
+        with torch.no_grad():
+            self._trial.copy_(self.decided)
+            self._trial[Slot.DT].zero_()
+            self._begin(self._trial, self._trial_stages, True)
+        slope, first = stepper.derivative(self._trial_stages.packet, self.z, True)
+        with torch.no_grad():
+            if self._slope is None:
+                self._slope = torch.empty_like(slope)
+                self._first = [torch.empty_like(x) for x in first] if stepper.tableau.fsal else []
+            self._slope.copy_(slope)
+            for kept, x in zip(self._first, first, strict=False):
+                kept.copy_(x)
+            fit = torch.isfinite(self._slope).all()
+            self.decided[Slot.FIRST_FINITE].copy_(fit)
+            if choose:  # nothing mends a slope that is not finite at the start
+                self.decided[Slot.STATUS].copy_(torch.where(fit, control.RUNNING, control.NON_FINITE))
+        if choose:
+            self._choose(self._slope)
+        self._costs["begin and choose" if choose else "begin"] = stepper.flow.network.evaluations - before
+
+    def _choose(self, first: Tensor) -> None:
+        """The first step size from the state and the slope there; as `initial_step`."""
+        z, slot = self.z, self.decided
+        order = self.stepper.tableau.error_order + 1
+        with torch.no_grad():
+            t, goal = slot[Slot.T], self.setting[Setting.END]
+            span, sign = (goal - t).abs(), torch.sign(goal - t)
+            d0, d1 = self._norm(z), self._norm(first)
+            known = torch.isfinite(d0) & torch.isfinite(d1)
+            small = ~known | (d0 < 1e-5) | (d1 < 1e-5)
+            h0 = torch.minimum(torch.where(small, 1e-6, 0.01 * d0 / d1), span)
+            trial = z + (sign * h0).to(z.dtype) * first
+            self._trial.copy_(self.decided)
+            self._trial[Slot.T].copy_(torch.where(h0 < span, t + sign * h0, goal))
+            self._trial[Slot.DT].zero_()
+            self._begin(self._trial, self._trial_stages, True)
+        second, _ = self.stepper.derivative(self._trial_stages.packet, trial, False)
+        with torch.no_grad():
+            d2 = self._norm(second.detach() - first) / h0
+            slope = torch.maximum(d1, d2)
+            h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / slope) ** (1 / order))
+            chosen = torch.minimum(torch.minimum(100 * h0, h1), span)
+            slot[Slot.DT].copy_(sign * torch.where(torch.isfinite(d2), chosen, h0))
+
+    def _begin(self, decided: Tensor, stages: StageMemory, adaptive: bool) -> None:
+        nodes = self._all_nodes[: len(stages.times)]
+        control.begin(decided, self.attempted, self.setting, nodes, *stages, adaptive, self._law)
+
+    def _norm(self, values: Tensor) -> Tensor:
+        """Of values, [D], relative to the tolerance at z; 0-d float64."""
+        wide = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
+        scale = self.setting[Setting.ATOL].to(wide) + self.setting[Setting.RTOL].to(wide) * self.z.abs().to(wide)
+        squares = torch.square(values.to(wide) / scale.clamp_min(torch.finfo(wide).tiny))
+        return torch.sqrt(squares.sum(dtype=torch.float64) / max(values.numel(), 1))
+
+    # -- on the host ---------------------------------------------------------------------------------------------------
+
+    def start(
+        self, z: Tensor, times: Sequence[float], tolerance: Tolerance | None, options: LoopOptions,
+        dt: float | None = None,
+    ) -> None:  # fmt: skip
+        """A new solve, from the state `z` at times[0]; `dt` is the step to try first, if it is known.
+
+        Raises:
+            SolveError: of fixed steps, where their size says so.
+        """
+        stepper, tableau = self.stepper, self.stepper.tableau
+        self._solves += 1
+        self._end = times[-1]
+        t, end = times[0], times[-1]
+        sign = math.copysign(1.0, end - t)
+        step_size, count = 0.0, 0
+        chosen = tableau.adaptive and dt is None and options.first_step is None
+        if not tableau.adaptive:
+            step_size, count = fixed_steps(t, end, options)
+        elif dt is None:
+            dt = 0.0 if options.first_step is None else sign * options.first_step
+        controller, order = options.controller, tableau.error_order + 1
+        alpha, beta = controller.exponents(order)
+        given = dict.fromkeys(Slot, 0.0) | {
+            Slot.T: t, Slot.DT: dt or 0.0, Slot.PREVIOUS: 1.0, Slot.FINITE: 1.0, Slot.FIRST_FINITE: 1.0,
+            Slot.SOLVE: float(self._solves),
+        }  # fmt: skip
+        damping, xi = stepper.flow.numbers
+        setting = {
+            Setting.START: t, Setting.END: end, Setting.STEP_SIZE: step_size, Setting.COUNT: count,
+            Setting.MAX_STEPS: options.max_steps, Setting.SAFETY: controller.safety,
+            Setting.MIN_FACTOR: controller.min_factor, Setting.MAX_FACTOR: controller.max_factor,
+            Setting.ALPHA: alpha, Setting.BETA: beta, Setting.PLAIN: 1 / order,
+            Setting.RTOL: 1.0 if tolerance is None else float(tolerance.rtol),
+            Setting.ATOL: 1.0 if tolerance is None else float(tolerance.atol),
+            Setting.DAMPING: damping, Setting.XI: xi, Setting.CAPACITY: self.capacity or math.inf,
+        }  # fmt: skip
+        slots = [given[slot] for slot in Slot] + [0.0] * (SLOTS - len(Slot))
+        numbers = [*slots, *(setting[name] for name in Setting), *times[1:-1], *self._nodes]
+        self._numbers.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"), non_blocking=True)
+        self.z.copy_(z)
+        self.spent = 0
+        if tableau.fsal or chosen:
+            name = "begin and choose" if chosen else "begin"
+            self.parts[name]()
+            self.used.add(name)
+            self.spent = self._costs[name]
+
+    def run(self, unload: Callable[[int], None] | None = None) -> Report:
+        """Launch attempts until the solve is over.
+
+        Args:
+            unload: called with their number when the tape is full, and at the end.
+
+        Raises:
+            RuntimeError: the device stopped reporting.
+        """
+        launched = unloaded = 0
+        ahead = int(self._event is not None and self._seconds < SHORT)
+        begun = time.perf_counter()
+        while True:
+            report = self._look()
+            finished = 0 if report is None else report.attempts
+            if report is not None:
+                if report.status != control.RUNNING or report.t == self._end:
+                    self._expected = max(finished, 1)
+                    self._seconds = (time.perf_counter() - begun) / self._expected
+                    # What was launched after the end was for nothing, and does not count.
+                    self.spent += finished * self._costs["attempt"]
+                    if unload is not None:
+                        unload(report.taped)
+                    return report
+                if unload is not None and report.taped == self.capacity and finished > unloaded:
+                    unload(report.taped)
+                    self.decided[Slot.TAPED].zero_()
+                    unloaded = launched = finished
+            if launched < max(self._expected, finished + 1 + ahead):
+                self.parts["attempt"]()
+                self.used.add("attempt")
+                launched += 1
+                if self._event is not None:
+                    self._event.record()
+            elif self._event is not None:
+                # A query raises where the device has failed.
+                if self._event.query() and self._look() == report:
+                    raise RuntimeError("the device has finished the attempts launched and reports nothing of them")
+                time.sleep(0)
+
+    def _look(self) -> Report | None:
+        """What the device has reported of this solve last, if anything."""
+        while True:
+            seen, again = bytes(self._values), bytes(self._values)
+            if seen == again:  # not while it is being written
+                break
+        a = struct.unpack(f"{SLOTS}d", seen)
+        if a[Slot.SOLVE] != self._solves:
+            return None
+        return Report(
+            a[Slot.T], a[Slot.DT], int(a[Slot.STATUS]), int(a[Slot.ACCEPTED]), int(a[Slot.REJECTED]),
+            int(a[Slot.OUTPUT]), int(a[Slot.TAPED]), a[Slot.H],
+        )  # fmt: skip
+
+
+def law_of(system: System) -> Law | None:
+    """What `ops.control.begin` needs of a system."""
+    if not isinstance(system, Momentum):
+        return None
+    return Law(system.nesterov, system.exact, system.sign, system.gate_x)
+
+
+def integrate(
+    loop: DeviceLoop,
+    z: Tensor,
+    times: Sequence[float],
+    tolerance: Tolerance | None,
+    options: LoopOptions,
+    progress: Progress,
+    on_accept: Callable[[AcceptedStep], None] | None = None,
+) -> list[Tensor]:
+    """As `loop.integrate`, by a device loop that is bound; `on_accept` only where it keeps a tape, and when all is
+    done.
+
+    Raises:
+        SolveError: the last time was not reached; the error carries the states that were.
+    """
+    chunks: list[tuple[Tensor, Tensor]] = []
+
+    def unload(count: int) -> None:
+        assert loop.tape is not None
+        assert loop.spans is not None
+        chunks.append((loop.tape[:count].flatten(1).clone(), loop.spans[:count].clone()))
+
+    network = loop.stepper.flow.network
+    before = network.evaluations
+    loop.start(z, times, tolerance, options, progress.dt)
+    report = loop.run(unload if loop.tape is not None else None)
+    network.evaluations = before + loop.spent  # a replay is not seen, and an attempt after the end not wanted
+    progress.accepted += report.accepted
+    progress.rejected += report.rejected
+    end = loop.z.clone()
+    inside = loop.outputs.clone() if len(loop.outputs) else loop.outputs
+    # One look at the end: beside an infinite state every error is small, and it stays infinite.
+    total = end.sum(dtype=torch.promote_types(end.dtype, torch.float32)).to(torch.float64)
+    numbers = torch.cat([total.view(1), *(spans.view(-1) for _, spans in chunks)]).tolist()
+    reached = inside.unbind(0)[: report.output]
+    if report.status != control.RUNNING:
+        dt = report.h if report.attempts else 0.0
+        raise SolveError(FAILURES[report.status], report.t, dt, progress.attempted, tuple(reached))
+    if not math.isfinite(numbers[0]) and not bool(torch.isfinite(end).all()):
+        good = [x for x in reached if bool(torch.isfinite(x).all())]
+        raise SolveError(Status.NON_FINITE, times[-1] - report.h, report.h, progress.attempted, tuple(good))
+    progress.dt = report.dt
+    if on_accept is not None:
+        states = [state for chunk, _ in chunks for state in chunk.unbind(0)]
+        first, last = 1, len(times) - 1
+        sign = math.copysign(1.0, times[-1] - times[0])
+        for k, state in enumerate(states):
+            t, t1 = numbers[1 + 2 * k : 3 + 2 * k]
+            until = first
+            while until <= last and sign * (times[until] - t1) <= 0:
+                until += 1
+            on_accept(AcceptedStep(t, t1, state, tuple(range(first, until))))
+            first = until
+    return [*reached, end]

@@ -1,0 +1,633 @@
+"""The loop that is decided on the device: the eager loop's steps, values, gradients and failures, with no look at the
+device in between. On a CPU its attempts are called one by one; on a CUDA device they are replayed."""
+
+import gc
+import itertools
+import math
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+from support import MODELS, Field, features, gradients, options_for
+from torch import nn
+
+import nesterov_triton as nt
+from benchmarks.counters import MarkedField, OperatorCount
+from nesterov_triton import gates, tableaus
+from nesterov_triton.network import Network
+from nesterov_triton.ops import control
+from nesterov_triton.ops.control import Law, Setting, Slot, reference
+from nesterov_triton.stepping import device_loop, graphs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BY = "graph" if DEVICE == "cuda" else "device"
+TIMES = {"two": (1.0, 2.0), "many": (1.0, 1.1, 1.15, 1.6, 2.0), "backward": (2.0, 1.4, 1.0)}
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    graphs.LOOPS.clear()
+    graphs._warned.clear()
+    yield
+    graphs.LOOPS.clear()
+
+
+def run(make, h, times):
+    torch.manual_seed(0)
+    layer = make().to(DEVICE)
+    h = h.to(DEVICE).requires_grad_()
+    out = layer(h, times)
+    grads = gradients(layer, (out**2).sum() + out[-1:].sum(), h)
+    return out.detach(), grads, layer.stats
+
+
+COUNTS = ("accepted", "rejected", "nfe_forward", "nfe_backward")
+
+
+def agree(make, h, times, eps=2e-13, counts=COUNTS):
+    """The loop on the device against the eager one, twice: the second solve finds memory that has been used."""
+    eager = run(lambda: make(loop="eager"), h, times)
+    assert (eager[2].loop, eager[2].loop_backward) == ("eager", "eager")
+    layer = make(loop="graph")
+    for _ in range(2):
+        out, grads, stats = run(lambda: layer, h, times)
+        assert stats.loop.startswith(BY), stats.loop
+        assert stats.loop_backward.startswith(BY), stats.loop_backward
+        assert [getattr(stats, name) for name in counts] == [getattr(eager[2], name) for name in counts]
+        for a, b in zip([out, *grads], [eager[0], *eager[1]], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=eps * max(1.0, b.abs().max().item()))
+
+
+METHODS = [("dopri5", "two"), ("dopri5", "many"), ("dopri5", "backward"), ("bosh3", "many"), ("tsit5", "two"),
+           ("rk4", "many"), ("euler", "two"), ("midpoint", "backward")]  # fmt: skip
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize(("method", "times"), METHODS)
+@pytest.mark.parametrize("model", list(MODELS))
+def test_it_is_the_eager_loop(model, method, times, gradient):
+    """On steps that do not depend on the error's last digits, to rounding."""
+    make = lambda **loop: MODELS[model].layer(hidden=5, gradient=gradient, **options_for(method), **loop)  # noqa: E731
+    agree(make, features(3, 2), TIMES[times])
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_the_same_steps_are_accepted(model, method, gradient):
+    options = {"method": method, "gradient": gradient, "rtol": 1e-6, "atol": 1e-6}
+    make = lambda **loop: MODELS[model].layer(**options, **loop)  # noqa: E731
+    agree(make, 2 * features(3, 2), TIMES["many"], 1e-9)
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("method", ["dopri8", "adaptive_heun", "fehlberg2"])
+@pytest.mark.parametrize("model", ["NODE", "GNesterovNODE"])
+def test_evaluations_that_are_not_saved(model, method, gradient):
+    """The same steps; but a slope at a step's start that is no stage of the step before is computed in every attempt,
+    and so are dense output's own stages, where the eager loop looks which attempts want them."""
+    options = {"method": method, "gradient": gradient, "rtol": 1e-3, "atol": 1e-3}
+    make = lambda **loop: MODELS[model].layer(**options, **loop)  # noqa: E731
+    agree(make, 2 * features(3, 2), TIMES["many"], 1e-9, COUNTS[:2])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_by_the_kernels(take, model, gradient):
+    take("kernels")
+    make = lambda **loop: MODELS[model].layer(gradient=gradient, **options_for("dopri5"), **loop)  # noqa: E731
+    agree(make, features(3, 2), TIMES["many"])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("gate", ["identity", "tanh", "hardtanh", nt.gates.Softclip(0.7)])
+def test_gates_and_other_methods_by_the_kernels(take, gate):
+    take("kernels")
+    for options in (options_for("bosh3"), options_for("rk4")):
+        make = lambda **loop: nt.GNesterovNODE(Field(), gate=gate, **options, **loop).double()  # noqa: E731, B023
+        agree(make, features(3, 2), TIMES["two"])
+
+
+@pytest.mark.usefixtures("runs_kernels")
+def test_float32_takes_the_same_steps(take):
+    take("kernels")
+    options = {"rtol": 1e-3, "atol": 1e-3, "first_step": 0.3}
+    make = lambda **loop: MODELS["GNesterovNODE"].layer(**options, **loop).float()  # noqa: E731
+    agree(make, 3 * features(3, 2, dtype=torch.float32), TIMES["two"], 1e-5)
+
+
+@pytest.mark.parametrize("controller", ["pi", nt.controllers.Integral(safety=0.7, max_factor=2.0)])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_controllers(controller, gradient):
+    options = {"controller": controller, "gradient": gradient, "rtol": 1e-7, "atol": 1e-7}
+    agree(lambda **loop: MODELS["GNesterovNODE"].layer(**options, **loop), 3 * features(3, 2), TIMES["two"], 1e-9)
+
+
+def test_without_a_gradient_and_a_larger_tolerance_for_x():
+    h = features(3, 2).to(DEVICE)
+    for loop in ("eager", "graph"):
+        layer = MODELS["GNesterovNODE"].layer(rtol=torch.tensor(1e-5), atol=1e-7, loop=loop).to(DEVICE)
+        with torch.no_grad():
+            found = layer(h, TIMES["many"])
+        if loop == "eager":
+            eager = found
+    assert layer.stats.loop.startswith(BY)
+    torch.testing.assert_close(found, eager, rtol=1e-10, atol=1e-10)
+
+
+def test_a_tape_that_is_full_is_emptied(monkeypatch):
+    monkeypatch.setattr(device_loop, "TAPE_BYTES", 0)
+    options = {"rtol": 1e-9, "atol": 1e-9}
+    make = lambda **loop: MODELS["HBNODE"].layer(**options, **loop)  # noqa: E731
+    h = 3 * features(3, 2)
+    agree(make, h, TIMES["many"], 1e-8)
+    layer = make(loop="graph").to(DEVICE)
+    run(lambda: layer, h, TIMES["two"])
+    assert layer.stats.accepted > 2 * 4
+
+
+def test_no_host_read_for_a_step():
+    """However many steps there are, the device is looked at as often, forward and backward."""
+    for gradient in ("discrete", "adjoint"):
+        reads, steps = [], []
+        for tolerance in (1e-3, 1e-6, 1e-9):
+            field = MarkedField(Field())
+            layer = nt.GNesterovNODE(field, gradient=gradient, rtol=tolerance, atol=tolerance, loop="graph").double()
+            h = (3 * features(3, 2)).to(DEVICE).requires_grad_()
+            with OperatorCount(field) as count:
+                layer.to(DEVICE)(h, (1.0, 1.5, 2.0)).sum().backward()
+            reads.append(count.host_reads)
+            steps.append(layer.stats.accepted + layer.stats.rejected)
+        assert steps[0] < steps[1] < steps[2] < 64
+        assert reads[0] == reads[1] == reads[2] < 12
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def bad_at(time):
+    return lambda t, y: y / (t < time)
+
+
+FAILURES = {
+    "too many steps": (lambda t, y: -50 * y, {"max_steps": 7, "rtol": 1e-8, "atol": 1e-8}),
+    "stiff": (lambda t, y: y**2, {"rtol": 1e-8, "atol": 1e-8}),
+    "not finite at the start": (lambda t, y: y * torch.nan, {}),
+    "not finite at the start, with a first step": (lambda t, y: y * torch.nan, {"first_step": 0.1}),
+    "not finite later": (bad_at(1.4), {}),
+    "infinite": (lambda t, y: 1e300 * y.abs().exp(), {"rtol": 1e-2, "first_step": 0.3}),
+    "fixed, not finite": (bad_at(1.4), {"method": "rk4", "step_size": 0.1}),
+    "fixed, too many": (lambda t, y: y, {"method": "rk4", "step_size": 0.1, "max_steps": 5}),
+    "fixed, too short": (lambda t, y: y, {"method": "rk4", "step_size": 1e-17, "max_steps": 10**20}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", list(FAILURES))
+def test_failures_are_the_eager_loops(name, dtype):
+    """Status, time, step size, number of attempts, and the states that were reached."""
+    field, options = FAILURES[name]
+    y0 = torch.tensor([1.0, 2.0], dtype=dtype, device=DEVICE)
+    found = []
+    for loop in ("eager", "graph"):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            found.append(nt.solve(field, y0, (1.0, 1.2, 1.3, 3.0), loop=loop, throw=False, **options))
+    eager, device = found
+    assert eager.status is not nt.Status.SUCCESS
+    assert device.status is eager.status
+    assert device.stats.loop.startswith(BY) or name in ("fixed, too many", "fixed, too short")
+    torch.testing.assert_close(device.ys, eager.ys, rtol=1e-5, atol=1e-5, equal_nan=True)
+    numbers = []
+    for solution in found:
+        text = solution.message.split(":")[0].replace(",", "").split()
+        numbers.append([float(text[text.index(word) + skip]) for word, skip in (("t", 2), ("dt", 2), ("after", 1))])
+    if name == "not finite later" or dtype == torch.float32:  # how often a kink is tried hangs on the last digit
+        torch.testing.assert_close(numbers[1][0], numbers[0][0], rtol=1e-3, atol=1e-3)
+    else:
+        torch.testing.assert_close(torch.tensor(numbers[1]), torch.tensor(numbers[0]), rtol=1e-3, atol=1e-12)
+
+
+def test_an_infinite_end_without_a_trace_in_the_error():
+    """Beside an infinite state every error is small."""
+    y0 = torch.ones(2, dtype=torch.float16, device=DEVICE)
+    for loop in ("eager", "graph"):
+        with torch.no_grad():
+            found = nt.solve(lambda t, y: 4e4 + 0 * y, y0, (1.0, 3.0), loop=loop, rtol=1e-2, atol=1e-2, throw=False)
+        assert found.status is nt.Status.NON_FINITE
+        assert bool(found.final.isnan().all())
+
+
+def test_the_layer_works_after_a_failure():
+    """On the loop that failed: the same key."""
+    bad = []
+
+    class Sometimes(Field):
+        def forward(self, t, h):
+            return super().forward(t, h) * (torch.nan if bad else 1.0)
+
+    layer = nt.HBNODE(Sometimes(), loop="graph").double().to(DEVICE)
+    h = features(3, 2).to(DEVICE)
+    first = layer(h)
+    bad.append(1)
+    with pytest.raises(nt.SolveError):
+        layer(h)
+    bad.clear()
+    torch.testing.assert_close(layer(h), first, rtol=0, atol=0)
+
+
+def test_an_exception_in_the_field_leaves_the_loop_usable():
+    class Raises(Field):
+        calls = 0
+
+        def forward(self, t, h):
+            Raises.calls += 1
+            if Raises.calls == 9:
+                raise KeyError("mine")
+            return super().forward(t, h)
+
+    layer = nt.NODE(Raises(), loop="graph").double()
+    h = features(3, 2)
+    with pytest.raises(KeyError, match="mine"):
+        layer(h)
+    torch.testing.assert_close(layer(h), nt.NODE(Field()).double()(h), rtol=1e-12, atol=1e-12)
+
+
+# -- which loop --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_loops_and_contradictions_are_refused():
+    with pytest.raises(ValueError, match="graph"):
+        nt.NODE(Field(), loop="grap")
+    with pytest.raises(ValueError, match="exclude each other"):
+        nt.NODE(Field(), loop="graph", gradient="backprop")
+
+
+def test_stats_say_which_loop():
+    h = features(3, 2)
+    layer = nt.NODE(Field()).double()
+    layer(h).sum().backward()
+    assert layer.stats.loop == layer.stats.loop_backward == "eager: the state is on the CPU"
+    layer = nt.NODE(Field(), gradient="backprop").double()
+    layer(h)
+    assert layer.stats.loop == "eager: gradient='backprop' records every operation"
+
+
+class Own(nt.controllers.Integral):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"atol": torch.full((2,), 1e-6)}, "differs from element to element"),
+        ({"controller": Own()}, "rule of its own"),
+    ],
+)
+def test_what_needs_the_eager_loop_is_said_once(options, why):
+    layer = nt.NODE(Field(), loop="graph", **options).double()
+    h = features(3, 2)
+    with pytest.warns(RuntimeWarning, match=why):
+        layer(h)
+    assert why in layer.stats.loop
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(h)
+
+
+def test_backward_passes_that_need_the_eager_loop():
+    h = features(3, 2)
+    t = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
+    layer = nt.NODE(Field(), loop="graph").double()
+    with pytest.warns(RuntimeWarning, match="respect to times"):
+        layer(h, t).sum().backward()
+    assert layer.stats.loop.startswith("device")
+    assert "times" in layer.stats.loop_backward
+    layer = nt.NODE(Field(), loop="graph", gradient=nt.gradients.Adjoint(quadratures_in_norm=True)).double()
+    with pytest.warns(RuntimeWarning, match="in the norm"):
+        layer(h).sum().backward()
+    assert "norm" in layer.stats.loop_backward
+
+
+def test_a_field_that_hands_out_the_same_memory_again():
+    class Reuses(Field):
+        def forward(self, t, h):
+            u = super().forward(t, h)
+            if not hasattr(self, "memory"):
+                self.memory = torch.empty_like(u)
+            with torch.no_grad():
+                self.memory.copy_(u)
+            return self.memory
+
+    h = features(3, 2)
+    layer = nt.HBNODE(Reuses(), loop="graph").double()
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="memory that it has returned"):
+        found = layer(h)
+        torch.testing.assert_close(found, nt.HBNODE(Field()).double()(h), rtol=1e-12, atol=1e-12)
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_loops_are_shared_kept_and_bounded(monkeypatch):
+    monkeypatch.setattr(graphs.LOOPS, "size", 3)
+    layer = nt.GNesterovNODE(Field(), loop="graph").double()
+    for _ in range(3):
+        layer(features(3, 2)).sum().backward()
+    assert len(graphs.LOOPS) == 2  # forward and backward
+    for batch in range(1, 9):
+        layer(features(batch, 2)).sum().backward()
+    assert len(graphs.LOOPS) == 3
+
+
+def test_loops_go_with_their_field():
+    layer = nt.GNesterovNODE(Field(), loop="graph").double()
+    layer(features(3, 2)).sum().backward()
+    alive = weakref.ref(layer.field)
+    del layer
+    gc.collect()
+    assert alive() is None
+    assert len(graphs.LOOPS) == 0
+
+
+def test_nothing_is_left_behind():
+    """Of a hundred solves with as many losses."""
+    layer = nt.GNesterovNODE(Field(), loop="graph").double()
+    h = features(3, 2)
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+    counts = []
+    for i in range(30):
+        layer(h).sum().backward()
+        layer.zero_grad()
+        if i in (4, 29):
+            counts.append(tensors())
+    assert counts[0] == counts[1]
+
+
+def test_two_solves_before_their_backward_passes():
+    """What the first one kept is its own."""
+    layer = nt.GNesterovNODE(Field(), loop="graph").double()
+    a, b = features(3, 2).requires_grad_(), (3 * features(3, 2)).requires_grad_()
+    one, two = layer(a), layer(b)
+    two.sum().backward()
+    one.sum().backward()
+    plain = nt.GNesterovNODE(Field(), loop="eager").double()
+    for h, found in ((a, a.grad), (b, b.grad)):
+        again = h.detach().clone().requires_grad_()
+        plain(again).sum().backward()
+        torch.testing.assert_close(found, again.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_threads_do_not_share_a_loop():
+    layer = nt.GNesterovNODE(Field(), loop="graph").double()
+    inputs = [(k + 1) * features(3, 2) for k in range(4)]
+    expected = [nt.GNesterovNODE(Field()).double()(h).detach() for h in inputs]
+    found = [[] for _ in inputs]
+
+    def work(k):
+        with torch.no_grad():
+            for _ in range(10):
+                found[k].append(layer(inputs[k]))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, e in zip(found, expected, strict=True):
+        assert len(results) == 10
+        for result in results:
+            torch.testing.assert_close(result, e, rtol=1e-9, atol=1e-9)
+
+
+def test_a_solve_inside_a_solve():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nt.NODE(Field(), loop="graph", method="rk4", step_size=0.5)
+
+        def forward(self, t, h):
+            return self.inner(h)
+
+    layer = nt.NODE(Nested(), loop="graph", method="rk4", step_size=0.5).double()
+    h = features(3, 2)
+    found = layer(h)
+    layer.settings = nt.NODE(Field(), loop="eager", method="rk4", step_size=0.5).settings
+    torch.testing.assert_close(found, layer(h), rtol=1e-12, atol=1e-12)
+
+
+# -- what a field does, and graphs -------------------------------------------------------------------------------------
+
+
+def look(field, h=None):
+    h = torch.ones(3, 2, dtype=F64) if h is None else h
+    network = Network(field, h.shape, h.dtype, h.device, None)
+    return graphs.signature(network, torch.ones((), dtype=F64), h)
+
+
+def test_a_signature_tells_what_a_replay_would_miss():
+    class Knobs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.drop = nn.Linear(2, 2, dtype=F64), nn.Dropout(0.5)
+            self.factor, self.shift = 2.0, torch.ones(2, dtype=F64)
+
+        def forward(self, t, h):
+            return self.factor * self.drop(self.linear(h)) + self.shift
+
+    field = Knobs().eval()
+    plain = look(field)
+    assert look(field) == plain == look(field, torch.zeros(3, 2, dtype=F64))
+    assert plain[1] == ""
+    held = field.shift
+    for change, undo in (
+        (lambda: setattr(field, "factor", 3.0), lambda: setattr(field, "factor", 2.0)),
+        (lambda: setattr(field, "shift", held.clone()), lambda: setattr(field, "shift", held)),
+        (lambda: field.train(), lambda: field.eval()),
+        (lambda: field.linear.requires_grad_(False), lambda: field.linear.requires_grad_(True)),
+    ):
+        change()
+        assert look(field)[0] != plain[0]
+        undo()
+        assert look(field)[0] == plain[0]
+    weight = field.linear.weight
+    field.linear.weight = nn.Parameter(weight.detach().clone())
+    assert look(field)[0] != plain[0]
+
+
+def test_a_signature_says_what_cannot_be_captured():
+    assert "reads a value" in look(lambda t, h: h if t > 0.5 else -h)[1]
+    norm = nn.BatchNorm1d(2, dtype=F64)
+    assert "changes a tensor of its own" in look(lambda t, h: norm(h))[1]
+
+
+class Loop:
+    """What `by_graph` is handed, with a part that adds 1."""
+
+    def __init__(self):
+        self.value = torch.zeros(1)
+        self.parts, self.used = {"add": self.add}, {"add"}
+
+    def add(self):
+        self.value += 1
+
+    def solve(self):
+        self.value.zero_()
+        for _ in range(3):
+            self.parts["add"]()
+        return self.value.clone()
+
+
+def test_a_graph_is_believed_once_it_has_repeated_the_calls(monkeypatch):
+    loop = Loop()
+    entry = graphs.Entry(loop)
+    replays = []
+    monkeypatch.setattr(graphs, "captured", lambda part: lambda: (replays.append(1), part()))
+    assert graphs.by_graph(entry, loop.solve, lambda x: [x]) == 3
+    assert entry.captured
+    assert len(replays) == 3
+    assert graphs.by_graph(entry, loop.solve, lambda x: [x]) == 3
+    assert len(replays) == 6
+
+
+def test_a_graph_that_gives_something_else_is_not_used(monkeypatch):
+    loop = Loop()
+    entry = graphs.Entry(loop)
+    monkeypatch.setattr(graphs, "captured", lambda part: lambda: None)
+    with pytest.warns(RuntimeWarning, match="another result"):
+        assert graphs.by_graph(entry, loop.solve, lambda x: [x]) == 3
+    assert not entry.captured
+    assert entry.reason
+    assert loop.parts["add"] == loop.add
+
+
+def test_what_cannot_be_captured_is_called(monkeypatch):
+    def refuse(part):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    loop = Loop()
+    entry = graphs.Entry(loop)
+    monkeypatch.setattr(graphs, "captured", refuse)
+    with pytest.warns(RuntimeWarning, match="operation not permitted"):
+        assert graphs.by_graph(entry, loop.solve, lambda x: [x]) == 3
+    assert "cannot be captured" in entry.reason
+
+
+# -- kernels against their reference -----------------------------------------------------------------------------------
+
+NUMBERS = {
+    Slot.T: 1.2, Slot.DT: 0.1, Slot.PREVIOUS: 0.3, Slot.FINITE: 1.0, Slot.FIRST_FINITE: 1.0, Slot.ACCEPTED: 3.0,
+    Slot.REJECTED: 1.0, Slot.TAPED: 2.0, Slot.OUTPUT: 1.0, Slot.SOLVE: 7.0,
+}  # fmt: skip
+SETTING = {
+    Setting.START: 1.0, Setting.END: 2.0, Setting.STEP_SIZE: 0.1, Setting.COUNT: 10.0, Setting.MAX_STEPS: 100.0,
+    Setting.SAFETY: 0.9, Setting.MIN_FACTOR: 0.2, Setting.MAX_FACTOR: 10.0, Setting.ALPHA: 0.14, Setting.BETA: 0.08,
+    Setting.PLAIN: 0.2, Setting.RTOL: 1e-5, Setting.ATOL: 1e-5, Setting.DAMPING: 0.7, Setting.XI: 0.3,
+    Setting.CAPACITY: 4.0,
+}  # fmt: skip
+SITUATIONS = {
+    "a step": {},
+    "the last": {Slot.DT: 0.95},
+    "the last, stretched": {Slot.DT: 0.795},
+    "not stretched": {Slot.DT: 0.795, Slot.AFTER_REJECTION: 1.0},
+    "too short": {Slot.DT: 1e-17},
+    "too short, not finite": {Slot.DT: 1e-17, Slot.FINITE: 0.0},
+    "too many": {Setting.MAX_STEPS: 4.0},
+    "done": {Slot.T: 2.0},
+    "failed": {Slot.STATUS: 3.0},
+    "tape full": {Slot.TAPED: 4.0},
+    "backward": {Slot.DT: -0.1, Setting.END: 1.0},
+    "the last, backward": {Slot.DT: -0.5, Setting.END: 1.0, Slot.AFTER_REJECTION: 1.0},
+    "first slope not finite": {Slot.FIRST_FINITE: 0.0},
+    "the last of fixed steps": {Slot.ACCEPTED: 9.0},
+}
+LAWS = (
+    None,
+    Law(True, False, -1.0, gates.Softclip(5.0)),
+    Law(True, True, -1.0, gates.Identity()),
+    Law(False, False, 1.0, gates.Hardtanh(1.1)),
+    Law(True, True, -1.0, gates.Tanh()),
+)
+DOPRI5 = tableaus.get("dopri5")
+
+
+def numbers(situation):
+    given = NUMBERS | SETTING | {}
+    decided, setting = torch.zeros(control.SLOTS, dtype=F64), torch.zeros(control.SETTINGS, dtype=F64)
+    for slots, start in ((decided, NUMBERS), (setting, SETTING)):
+        kind = type(next(iter(start)))
+        for slot, value in {**start, **{k: v for k, v in situation.items() if type(k) is kind}}.items():
+            slots[slot] = value
+    assert given
+    return decided.to(DEVICE), setting.to(DEVICE)
+
+
+def begun(function, situation, adaptive, law, dtype):
+    decided, setting = numbers(situation)
+    nodes = torch.tensor(DOPRI5.c, dtype=F64, device=DEVICE)
+    attempt = torch.full((control.SLOTS,), torch.nan, dtype=F64, device=DEVICE)
+    stages = (torch.zeros(7, dtype=dtype), torch.zeros(7, 4, dtype=F64), torch.zeros(1, dtype=F64))
+    stages = [x.to(DEVICE) for x in stages]
+    function(decided, attempt, setting, nodes, *stages, adaptive, law)
+    return [attempt, *stages]
+
+
+@pytest.mark.usefixtures("runs_kernels")
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("situation", list(SITUATIONS))
+def test_begin(situation, adaptive):
+    from nesterov_triton.ops.control import kernel
+
+    for law, dtype in itertools.product(LAWS, (F64, torch.float32)):
+        found = [begun(f, SITUATIONS[situation], adaptive, law, dtype) for f in (kernel.launch_begin, reference.begin)]
+        for a, b in zip(*found, strict=True):
+            eps = 1e-14 if a.dtype == F64 else 1e-6
+            torch.testing.assert_close(a, b, rtol=eps, atol=1e-15, equal_nan=True)
+
+
+@pytest.mark.usefixtures("runs_kernels")
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("situation", list(SITUATIONS))
+def test_weigh_end_and_add(situation, adaptive):
+    from nesterov_triton.ops.control import kernel
+
+    attempt, *_ = begun(reference.begin, SITUATIONS[situation], adaptive, None, F64)
+    _, setting = numbers(SITUATIONS[situation])
+    requested = torch.tensor([1.1, 1.25, 1.3, 1.9], dtype=F64, device=DEVICE)
+    if setting[Setting.END] < setting[Setting.START] + 0.1:
+        requested = requested.flip(0)
+    errors = (0.0, 0.5, 1e-6, 1.0, 1.5, 1e9, math.inf, math.nan)
+    for value, more in zip(errors, itertools.cycle((True, False)), strict=False):
+        dtype = F64 if more else torch.float32
+        rows = [torch.randn(1500, dtype=dtype, device=DEVICE) for _ in range(6)]
+        tape, spans = torch.randn(4, 2, 1500, dtype=dtype, device=DEVICE), torch.zeros(4, 2, dtype=F64, device=DEVICE)
+        error = torch.tensor(value, dtype=F64, device=DEVICE)
+        results = []
+        for weigh, end, add in (
+            (kernel.launch_weigh, kernel.launch_end, kernel.launch_add_accepted),
+            (reference.weigh, reference.end, reference.add_accepted),
+        ):
+            weights = torch.zeros(4, len(DOPRI5.interpolant), dtype=F64, device=DEVICE)
+            span = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+            weigh(attempt, error, requested, weights, span, DOPRI5)
+            decided = torch.full((control.SLOTS,), torch.nan, dtype=F64, device=DEVICE)
+            kept, held = [x.clone() for x in rows[:3]], (tape.clone(), spans.clone())
+            end(
+                attempt, decided, setting, error, requested if more else None, kept, rows[3:],
+                *(held if more else (None, None)), adaptive,
+            )  # fmt: skip
+            total, first = rows[0].clone(), rows[1].clone()
+            add(decided, attempt, total, rows[2], first, rows[3])
+            inside = weights[int(span[0]) : int(span.sum())]
+            results.append([span, inside, decided, *kept, *held, total, first])
+        for a, b in zip(*results, strict=True):
+            eps = 1e-12 if a.dtype == F64 else 1e-6
+            torch.testing.assert_close(a, b, rtol=eps, atol=eps, equal_nan=True)
