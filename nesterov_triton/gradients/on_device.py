@@ -77,8 +77,7 @@ def on_device(
         if not free:
             say("eager: the captured loop is in use")
             return None
-        if entry.loop is None:
-            entry.loop = make()
+        graphs.LOOPS.keep(entry, make)
         before = flow.network.evaluations
 
         def again() -> R:

@@ -37,7 +37,7 @@ FAILURES = {
     control.STEP_UNDERFLOW: Status.STEP_UNDERFLOW,
     control.NON_FINITE: Status.NON_FINITE,
 }
-TAPE_BYTES = 256 * 2**20  # of a tape, which holds at least 4 and at most 64 steps
+TAPE_BYTES = 64 * 2**20  # of a tape, which holds at least 4 and at most 64 steps
 SHORT = 2e-4  # seconds; a shorter attempt is launched while the one before is still under way
 
 

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from nesterov_triton.network import Network
 
-SIZE = 32  # loops kept
+SIZE = 16  # loops kept: one for each shape, forward and backward
+SEEN = 512  # keys remembered, most of them without a loop
 R = TypeVar("R")
 
 
@@ -65,16 +66,17 @@ class Entry:
 
 
 class Loops:
-    """Loops by key, the least recently used dropped, and those of fields that are gone."""
+    """Loops by key, the least recently used dropped, and those of fields that are gone.
+
+    Args:
+        size: how many are kept.
+    """
 
     def __init__(self, size: int = SIZE) -> None:
         self.size = size
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._watched: dict[int, Any] = {}
         self._lock = threading.RLock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def clear(self) -> None:
         """Drop them all, and their memory."""
@@ -88,10 +90,24 @@ class Loops:
             if entry is None:
                 entry = self._entries[key] = Entry()
                 self._watch(owner)
-                while len(self._entries) > self.size:
+                if len(self._entries) > SEEN:
                     self._entries.popitem(last=False)
             self._entries.move_to_end(key)
             return entry
+
+    def keep(self, entry: Entry, make: Callable[[], Any]) -> None:
+        """Make the entry's loop if it has none, and drop the oldest ones beyond the size."""
+        if entry.loop is None:
+            entry.loop = make()
+            with self._lock:
+                old = [key for key, other in self._entries.items() if other.loop is not None and not other.busy]
+                for key in old[: self.count - self.size]:
+                    del self._entries[key]
+
+    @property
+    def count(self) -> int:
+        """How many loops there are."""
+        return sum(entry.loop is not None for entry in self._entries.values())
 
     def _watch(self, owner: Any) -> None:
         owner = getattr(owner, "__self__", owner)  # a bound method goes as soon as nobody looks

@@ -200,9 +200,8 @@ def end_kernel(
 
     if tl.program_id(0) == 0:
         if TAPE_ROWS > 0:
-            if ok:
-                tl.store(spans_ptr + taped.to(tl.int64) * 2, t)
-                tl.store(spans_ptr + taped.to(tl.int64) * 2 + 1, t1)
+            tl.store(spans_ptr + taped.to(tl.int64) * 2, t, mask=ok)
+            tl.store(spans_ptr + taped.to(tl.int64) * 2 + 1, t1, mask=ok)
         finite = tl.abs(error) < float("inf")
         rejected = active & ((error <= 1) == 0)
         slots = tl.arange(0, SLOTS).to(tl.int64)
