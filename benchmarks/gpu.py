@@ -4,7 +4,9 @@
 2. Accuracy of solves and gradients against tight float64 ones, and against plain torch on the same GPU.
 3. Each kernel's bandwidth beside that of a copy, from the bytes that `benchmarks.traffic` counts.
 4. A step's launches one by one beside the same launches replayed as a CUDA graph.
-5. Whole solves beside plain torch and torchdiffeq, on a small state and on a large one with a cheap field.
+5. An attempted step of the loop on the device beside its field calls alone, replayed as a graph.
+6. Whole solves, by graphs, by the eager loop and compiled, beside plain torch and torchdiffeq, on a small state and on
+   a large one with a cheap field.
 
 Needs torch, triton, torchdiffeq, pytest and numpy, and the repository's root as the working directory. Prints a table
 and writes `benchmarks/results/<gpu>-<date>.json`. A part that fails is said to have failed, and the others still run.
@@ -49,7 +51,7 @@ from nesterov_triton.ops import dispatch  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 ROOT = Path(__file__).parent.parent
-TESTS = ("kernels", "adjoint_kernels", "first_order_kernels", "dense_output_kernels", "fused")
+TESTS = ("kernels", "adjoint_kernels", "first_order_kernels", "dense_output_kernels", "fused", "device_loop")
 DOPRI5 = nt.tableaus.get("dopri5")
 GATE = nt.gates.Softclip(BOUND)
 
@@ -126,8 +128,10 @@ def sanitize(tool: str) -> dict[str, Any]:
 
 def small_run() -> None:
     """What compute-sanitizer watches: every layer, forward and backward, with odd sizes and an output in mid-step."""
-    for kind, gradient in itertools.product((nt.NODE, nt.SONODE, nt.GNesterovNODE), ("discrete", "adjoint")):
-        layer = kind(Affine().to(DEVICE), gradient=gradient, rtol=1e-2, atol=1e-2, t=(1.0, 1.4, 2.0))
+    kinds, loops = (nt.NODE, nt.SONODE, nt.GNesterovNODE), ("eager", "graph")
+    for kind, gradient, loop in itertools.product(kinds, ("discrete", "adjoint"), loops):
+        options: dict[str, Any] = {"gradient": gradient, "loop": loop, "rtol": 1e-2, "atol": 1e-2}
+        layer = kind(Affine().to(DEVICE), t=(1.0, 1.4, 2.0), **options)
         h = torch.randn(193, 7, device=DEVICE).requires_grad_()
         layer(h).square().sum().backward()
         print(kind.__name__, gradient, layer.stats)
@@ -372,6 +376,50 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+# --- the loop on the device
+
+
+def loops(scale: Scale) -> dict[str, Any]:
+    """Microseconds of an attempted step on a small state, forward and in training, and of its field calls alone."""
+    problem = problem_on(DEVICE, torch.float32, scale.batch)
+    t, calls = torch.tensor(T0, device=DEVICE), DOPRI5.stages - 1
+
+    def field() -> None:
+        for _ in range(calls):
+            problem.field(t, problem.h0)
+
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        field()
+        floor = field
+        if GPU:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                field()
+            floor = graph.replay
+        found[f"{calls} field calls"] = 1e6 * wall(floor, scale)
+    for loop in ("graph", "eager"):
+        for gradient in ("discrete", "adjoint"):
+            ours = layer(problem, gradient, loop=loop)
+            forward = torch.no_grad()(lambda ours=ours: ours(problem.h0.detach()))
+
+            def train(ours: nn.Module = ours) -> object:
+                return problem.gradients(ours(problem.h0))
+
+            for name, call in (("forward", forward), ("training", train)):
+                if name == "forward" and gradient == "adjoint":
+                    continue
+                for _ in range(3):
+                    call()
+                said = (ours.stats.loop, ours.stats.loop_backward) if name == "training" else (ours.stats.loop,)
+                attempts = ours.stats.accepted + ours.stats.rejected
+                which = name if name == "forward" else f"{name}, {gradient}"
+                found[f"{which}, {loop}: an attempted step"] = 1e6 * wall(call, scale) / attempts
+                found[f"{which}, {loop}: loops"] = list(said)
+    found["step over field"] = found["forward, graph: an attempted step"] / found[f"{calls} field calls"]
+    return found
+
+
 # --- whole solves
 
 
@@ -398,7 +446,8 @@ def solves(scale: Scale) -> dict[str, Any]:
 def compare(problem: Problem, scale: Scale, backpropagation: bool) -> dict[str, Any]:
     peer = TorchdiffeqSystem(problem.field)
     tolerances: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE}
-    ours = {gradient: layer(problem, gradient) for gradient in ("discrete", "adjoint")}
+    ours = {gradient: layer(problem, gradient, loop="graph") for gradient in ("discrete", "adjoint")}
+    eager = {gradient: layer(problem, gradient, loop="eager") for gradient in ("discrete", "adjoint")}
 
     def plain(solve: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
@@ -415,13 +464,22 @@ def compare(problem: Problem, scale: Scale, backpropagation: bool) -> dict[str, 
 
     contenders = {
         "forward": forward(ours["discrete"]),
-        "forward, plain torch": plain(forward(ours["discrete"])),
+        "forward, eager loop": forward(eager["discrete"]),
+        "forward, plain torch": plain(forward(eager["discrete"])),
         "forward, odeint": forward(lambda h0: peer.solve(h0, **tolerances)),
         "train, discrete": train(ours["discrete"]),
         "train, adjoint": train(ours["adjoint"]),
-        "train, discrete, plain torch": plain(train(ours["discrete"])),
+        "train, discrete, eager loop": train(eager["discrete"]),
+        "train, adjoint, eager loop": train(eager["adjoint"]),
+        "train, discrete, plain torch": plain(train(eager["discrete"])),
         "train, odeint_adjoint": train(peer.solve, adjoint=True, **tolerances),
     }
+    if GPU and backpropagation:
+        for gradient in ("discrete", "adjoint"):
+            compiled = torch.compile(layer(problem, gradient, loop="eager"), fullgraph=True)
+            contenders[f"train, {gradient}, compiled"] = train(compiled)
+            if gradient == "discrete":
+                contenders["forward, compiled"] = forward(compiled)
     if backpropagation:
         contenders["train, odeint"] = train(peer.solve, **tolerances)
     times = interleave(contenders, scale.rounds)
@@ -443,9 +501,14 @@ def compare(problem: Problem, scale: Scale, backpropagation: bool) -> dict[str, 
         "ratios": {
             f"{a} / {b}": ratio(a, b)
             for a, b in itertools.product(times, times)
-            if a != b and a.split(",")[0] == b.split(",")[0] and ("odeint" in a or "plain" in a) and "odeint" not in b
+            if a != b and a.split(",")[0] == b.split(",")[0] and others(a) and not others(b)
         },
     }
+
+
+def others(name: str) -> bool:
+    """Whether a contender is what the default is to be compared with."""
+    return any(word in name for word in ("odeint", "plain", "eager", "compiled"))
 
 
 def interleave(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -483,6 +546,7 @@ def parts(scale: Scale) -> dict[str, Callable[[], dict[str, Any]]]:
         "accuracy": lambda: accuracy(scale),
         "bandwidth": lambda: bandwidth(scale),
         "latency": lambda: latency(scale),
+        "loops": lambda: loops(scale),
         "solves": lambda: solves(scale),
     }
     if not GPU:
@@ -516,7 +580,14 @@ def lines(found: dict[str, Any]) -> list[Line]:
         rows.append(Line(f"{name}: bandwidth over a copy's", value, (">=", 0.85) if wanted else None))
     for name, value in found.get("latency", {}).items():
         rows.append(Line(f"small state, µs: {name}", value))
-    goals = {("small", "forward, odeint / forward"): 10.0, ("large", "forward, odeint / forward"): 5.0}
+    for name, value in found.get("loops", {}).items():
+        if isinstance(value, float):
+            rows.append(Line(f"small state, loop: {name}", value, ("<=", 2.0) if name == "step over field" else None))
+    goals = {
+        ("small", "forward, odeint / forward"): 20.0,
+        ("small", "train, odeint_adjoint / train, discrete"): 20.0,
+        ("large", "forward, odeint / forward"): 5.0,
+    }
     for size, one in found.get("solves", {}).items():
         for name, value in one["ratios"].items():
             goal = goals.get((size, name))
