@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as _functorch_config
 from torch.func import functional_call
 
 from nesterov_triton import gates, gradients
@@ -85,6 +86,7 @@ def run(
     strategy = type(gradient)
     if torch.is_grad_enabled():
         check_seen(system, h)
+        without_donation()
     # The solver's own arithmetic keeps the state's dtype.
     with nullcontext() if autocast is None else torch.autocast(kind, enabled=False):
         if not wanted:
@@ -100,6 +102,18 @@ def run(
                 "layer outside of the compiled region (torch.compiler.disable)"
             )
     return _solution(setting, times, rows, found, counted_back=strategy is gradients.Discrete)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def without_donation() -> bool:
+    """From here on no backward graph overwrites tensors that were saved for it. Runs in Python, while a solve is traced.
+
+    Inductor before pytorch#193960 takes the numbers of those that a graph may overwrite for numbers of a loop's inputs,
+    too: a loop in a backward pass then overwrites what is still in use, and gradients are silently wrong. There is no
+    switch for one graph alone; for others this one costs memory, at most one tensor for each that could be used again.
+    """
+    _functorch_config.donated_buffer = False
+    return True
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

@@ -11,8 +11,9 @@ registration; `dispatch` chooses.
 | `*_dense_output` | the states at requested times inside the step |
 | `momentum_adjoint_*`, `first_order_*` with `through` | the same for state and adjoint, and the field's cotangents |
 | `*_reverse_stage`, `*_reverse_finish` | the field's cotangents in a transposed step; the cotangent of its start |
+| `control` (several functions) | the decisions of a loop on the device, in memory that stays where it is |
 
-Every function takes tensors and returns tensors and knows nothing of loops or of autograd strategy. With `out` the
-result is written there and nothing is allocated; without, the same operations in the same order run out of place and
-are differentiable, so that both ways give the same bits.
+Every function but those of `control` takes tensors and returns tensors and knows nothing of loops or of autograd
+strategy. With `out` the result is written there and nothing is allocated; without, the same operations in the same
+order run out of place and are differentiable, so that both ways give the same bits.
 """
