@@ -22,12 +22,14 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from nesterov_triton.experiments import digits, point_cloud
+
+from nesterov_triton.experiments import digits
 from nesterov_triton.experiments.cli import main
-from nesterov_triton.experiments.compare import compare
 from nesterov_triton.experiments.experiment import Settings
 from nesterov_triton.experiments.folder import Folder
 from nesterov_triton.experiments.models import MODELS, Network, TimedField, build_layer
+from nesterov_triton.experiments.paper import point_cloud
+from nesterov_triton.experiments.runner import Runner
 from nesterov_triton.experiments.training import Trainer
 
 COARSE = ("--tolerance", "1e-2")
@@ -111,8 +113,8 @@ def test_fixed_steps_count_as_they_must(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["NODE", "GNesterovNODE"])
 def test_reported_nfe_is_what_the_field_saw(model: str) -> None:
-    settings = replace(point_cloud.DEFAULTS, tolerance=1e-4)
-    trainer = Trainer(point_cloud.EXPERIMENT, settings, model, seed=0)
+    settings = replace(point_cloud.COMPARED.defaults, tolerance=1e-4)
+    trainer = Trainer(point_cloud.COMPARED, settings, model, seed=0)
     (field,) = (module for module in trainer.network.modules() if isinstance(module, TimedField))
     calls = 0
 
@@ -136,7 +138,7 @@ def test_reported_nfe_is_what_the_field_saw(model: str) -> None:
 )
 def test_point_cloud_networks_have_the_published_size(model: str, count: int) -> None:
     # The published counts; the generalised models add their residual's scalar.
-    assert Trainer(point_cloud.EXPERIMENT, point_cloud.DEFAULTS, model, seed=0).run.parameters == count
+    assert Trainer(point_cloud.COMPARED, point_cloud.COMPARED.defaults, model, seed=0).run.parameters == count
 
 
 def test_point_clouds_are_the_published_ones() -> None:
@@ -171,6 +173,17 @@ def test_digits_are_split_once_and_in_proportion() -> None:
     assert torch.equal(test.inputs, digits.load(1)[1].inputs)
 
 
+def cost_of_nodes_loss(history: list[dict[str, str]], model: str, seed: str) -> float | None:
+    """What the column says, from the history alone."""
+    node, own = ([row for row in history if (row["model"], row["seed"]) == (name, seed)] for name in ("NODE", model))
+    spent = [
+        sum(float(row["nfe_forward"]) + float(row["nfe_backward"]) for row in own[: i + 1]) for i in range(len(own))
+    ]
+    whole = sum(float(row["nfe_forward"]) + float(row["nfe_backward"]) for row in node)
+    there = [x for x, row in zip(spent, own, strict=True) if float(row["train_loss"]) <= float(node[-1]["train_loss"])]
+    return 100 * there[0] / whole if there else None
+
+
 def test_summary_is_the_table_and_follows_from_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--models", "NODE", "NesterovNODE", "--seeds", 0, 7, "--epochs", 2, "--output", tmp_path)
     assert command("compare", "point-cloud", *arguments, *COARSE) == 0
@@ -183,6 +196,7 @@ def test_summary_is_the_table_and_follows_from_the_history(tmp_path: Path, capsy
         "train_loss": ".4f",
         "nfe_forward": ".1f",
         "nfe_backward": ".1f",
+        "nfe_to_node_loss_percent": ".1f",
         "seconds_per_epoch": ".3f",
     }
     for row in summary:
@@ -191,6 +205,14 @@ def test_summary_is_the_table_and_follows_from_the_history(tmp_path: Path, capsy
         for name, form in formats.items():
             if name == "seconds_per_epoch":
                 values = [fmean(float(line["seconds"]) for line in own if line["seed"] == seed) for seed in "07"]
+            elif name == "nfe_to_node_loss_percent":
+                values = [
+                    value for seed in "07" if (value := cost_of_nodes_loss(history, row["model"], seed)) is not None
+                ]
+                if len(values) < 2:
+                    assert row[name] == ""
+                    shown.append("-")
+                    continue
             else:
                 values = [float(line[name]) for line in own if line["epoch"] == "2"]
             assert float(row[name]) == pytest.approx(fmean(values))
@@ -267,11 +289,11 @@ def test_a_failing_model_is_shown_and_the_others_go_on(tmp_path: Path, capsys: p
         layer = build_layer(model, Broken(), None, gate=settings.gate, method=settings.method, rtol=1e-2, atol=1e-2)
         return Network(layer, nn.Linear(2, 1)).double()
 
-    experiment = replace(point_cloud.EXPERIMENT, build=build)
+    experiment = replace(point_cloud.COMPARED, build=build)
     models = ("NODE", "HBNODE", "NesterovNODE")
-    settings = replace(point_cloud.DEFAULTS, models=models, epochs=2, tolerance=1e-2)
+    settings = replace(point_cloud.COMPARED.defaults, models=models, epochs=2, tolerance=1e-2)
     for _ in range(2):  # resumed, it stays failed
-        assert compare(experiment, settings, Folder(tmp_path)) == 1
+        assert Runner(experiment, settings, Folder(tmp_path))() == 1
         screen = capsys.readouterr()
         assert [cells[-1] for cells in table(screen.out).values() if "failed:" not in cells] == ["done", "done"]
         assert " ".join(table(screen.out)["HBNODE"]).endswith("failed: NON_FINITE in epoch 1")
@@ -365,7 +387,7 @@ def test_a_filled_folder_is_not_written_to_unasked(tmp_path: Path, capsys: pytes
     message = capsys.readouterr().err
     assert all(word in message for word in ("not empty", "--resume", "--overwrite", "--output"))
     assert command(*small, 1, "--resume") == 2
-    assert "no comparison" in capsys.readouterr().err
+    assert "no run" in capsys.readouterr().err
     assert command(*small, 2, "--overwrite") == 0
     assert command(*small, 1, "--overwrite") == 0  # nothing of the first one is left
     assert [row["epoch"] for row in read(tmp_path / "history.csv")] == ["1"]
@@ -436,4 +458,4 @@ def test_on_a_terminal_there_is_a_live_bar(tmp_path: Path) -> None:
     assert text.count("NODE seed 0") > 2  # drawn again and again
     assert "/10" in text
     assert "NFE" in text
-    assert text.rstrip().endswith("figure.png")
+    assert text.rstrip().endswith("figure.pdf")

@@ -1,10 +1,10 @@
-"""The command line: ``nesterov-triton compare digits`` and ``nesterov-triton compare point-cloud``."""
+"""The command line: ``nesterov-triton compare ...`` and ``nesterov-triton reproduce ...``."""
 
 import argparse
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,23 @@ import torch
 
 import nesterov_triton as nt
 from nesterov_triton._names import lookup
-from nesterov_triton.experiments import digits, point_cloud
-from nesterov_triton.experiments.experiment import CommandError, Settings
+from nesterov_triton.experiments import digits
+from nesterov_triton.experiments.data import data_folder
+from nesterov_triton.experiments.experiment import CommandError, Experiment, Measurement, Settings
 from nesterov_triton.experiments.folder import Folder
-from nesterov_triton.experiments.models import MODELS
+from nesterov_triton.experiments.models import MODELS, parse_gate
+from nesterov_triton.experiments.paper import EXPERIMENTS as PAPER
+from nesterov_triton.experiments.paper import point_cloud
+from nesterov_triton.experiments.processes import Processes, processes, started
 
-EXPERIMENTS = {experiment.defaults.experiment: experiment for experiment in (digits.EXPERIMENT, point_cloud.EXPERIMENT)}
+COMMANDS: dict[str, Mapping[str, Experiment | Measurement]] = {
+    "compare": {each.defaults.experiment: each for each in (digits.EXPERIMENT, point_cloud.COMPARED)},
+    "reproduce": PAPER,
+}
 METHODS = tuple(nt.tableaus.TABLEAUS)
 GATES = tuple(nt.gates.GATES)
 GRADIENTS = tuple(nt.gradients.GRADIENTS)
-EXTENDABLE = ("epochs", "models", "seeds")  # a resumed comparison may have more of these, and of nothing else
+EXTENDABLE = ("epochs", "models", "seeds")  # a resumed run may have more of these, and of nothing else
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,25 +38,77 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0 done, 1 a model failed, 2 a wrong or impossible request, 130 or 143 interrupted.
     """
     given = vars(parser().parse_args(argv))
-    given.pop("command")
-    output: Path | None = given.pop("output", None)
-    resume, overwrite = given.pop("resume"), given.pop("overwrite")
-    experiment = EXPERIMENTS[given["experiment"]]
-    folder = Folder(output or Path("runs") / given["experiment"])
+    command: str = given.pop("command")
     try:
-        require_packages(("matplotlib", "rich", *experiment.requires))
-        settings = choose(experiment.defaults, given, folder, resume=resume, overwrite=overwrite)
-        check(settings)
-        if overwrite:
-            folder.clear()
-        from nesterov_triton.experiments.compare import compare  # needs the packages just looked for
-
-        return compare(experiment, settings, folder)
+        require_packages(("matplotlib", "rich", *COMMANDS[command][given["experiment"]].requires))
+        if not started():
+            return run(command, given, Processes())
+        device = given.get("device", COMMANDS[command][given["experiment"]].defaults.device)
+        check_device(device)
+        with processes(device) as all_of_them:
+            return run(command, given, all_of_them)
     except CommandError as error:
         print(f"nesterov-triton: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the training, or a second one during the report
         return 130
+
+
+def run(command: str, given: dict[str, Any], all_of_them: Processes) -> int:
+    """The command's work, in one of the processes that take part; see `main`."""
+    from nesterov_triton.experiments.runner import CHECKPOINT_SECONDS, Runner, measure  # needs the packages looked for
+
+    experiment = COMMANDS[command][given["experiment"]]
+    # Folders have a name of their own for each command: their settings are not the same.
+    name = given["experiment"] if command == "compare" else f"paper/{given['experiment']}"
+    folder = Folder(given.pop("output", None) or Path("runs") / name)
+    data = data_folder(given.pop("data", None))
+    resume, overwrite = given.pop("resume"), given.pop("overwrite")
+    checkpoint_seconds = given.pop("checkpoint_seconds", CHECKPOINT_SECONDS)
+
+    def prepared() -> Settings:
+        refuse_unused(experiment, given)
+        settings = choose(experiment.defaults, given, folder, resume=resume, overwrite=overwrite)
+        check(settings)
+        if overwrite:
+            folder.clear()
+        return settings
+
+    # The first process alone looks at the folder, which it then writes to.
+    settings, refused = all_of_them.share(attempt(prepared) if all_of_them.leader else (None, None))
+    if settings is None:
+        if all_of_them.leader:
+            raise CommandError(refused)
+        return 2
+    if isinstance(experiment, Measurement):
+        return measure(experiment, settings, folder, data) if all_of_them.leader else 0
+    if all_of_them.size == 1:
+        all_of_them = Processes(settings.device)  # a resumed run's
+    return Runner(
+        experiment,
+        settings,
+        folder,
+        data=data,
+        command=command,
+        processes=all_of_them,
+        checkpoint_seconds=checkpoint_seconds,
+    )()
+
+
+def attempt(action: Callable[[], Settings]) -> tuple[Settings | None, str | None]:
+    """What the action gives, or the message of its refusal."""
+    try:
+        return action(), None
+    except CommandError as error:
+        return None, str(error)
+
+
+def refuse_unused(experiment: Experiment | Measurement, given: dict[str, Any]) -> None:
+    if isinstance(experiment, Measurement):
+        for name in experiment.unused:
+            if name in given:
+                flag = name.replace("_", "-")
+                raise CommandError(f"{experiment.defaults.experiment} trains nothing: leave out --{flag}")
 
 
 def choose(defaults: Settings, given: dict[str, Any], folder: Folder, *, resume: bool, overwrite: bool) -> Settings:
@@ -94,17 +153,21 @@ def check(settings: Settings) -> None:
         raise CommandError(f"method {settings.method} takes fixed steps: give --step-size, for example 0.1")
     if adaptive and settings.step_size is not None:
         raise CommandError(f"method {settings.method} chooses its own steps: leave out --step-size")
+    check_device(settings.device)
+
+
+def check_device(name: str) -> None:
     try:
-        torch.empty(0, device=settings.device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise CommandError(f"device {settings.device} cannot be used here: {reason}") from error
+        raise CommandError(f"device {name} cannot be used here: {reason}") from error
 
 
 def require_packages(names: Iterable[str]) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        packages = ", ".join("scikit-learn" if name == "sklearn" else name for name in missing)
+        packages = ", ".join({"sklearn": "scikit-learn", "PIL": "pillow"}.get(name, name) for name in missing)
         raise CommandError(
             f'the experiments need {packages}, not installed here: pip install "nesterov-triton[experiments]"'
         )
@@ -114,40 +177,77 @@ def parser() -> argparse.ArgumentParser:
     """Options not given stay out of the namespace: the defaults are the experiment's, or the resumed run's."""
     root = argparse.ArgumentParser(prog="nesterov-triton", description="Compare momentum neural ODEs by training them.")
     commands = root.add_subparsers(dest="command", required=True)
-    compare = commands.add_parser(
-        "compare",
-        help="train several models on one experiment and compare them",
-        description="Train several models on one experiment. Writes summary.csv, history.csv, figure.png and a "
-        "checkpoint of each run to the output folder.",
-        epilog="Exit code: 0 done, 1 a model failed, 2 a wrong request, 130 or 143 interrupted (go on with --resume).",
-    )
-    option = compare.add_argument
-    option("experiment", type=one_of("experiment", EXPERIMENTS), help=" or ".join(EXPERIMENTS))
-    add_setting(option, "--models", one_of("model", MODELS), f"any of {' '.join(MODELS)}", nargs="+")
-    add_setting(option, "--seeds", whole(0), "one training of every model for each seed", nargs="+")
-    add_setting(option, "--epochs", whole(1), "passes over the training data")
-    add_setting(option, "--batch-size", whole(1), "rows in a training step")
-    add_setting(option, "--learning-rate", positive, "of Adam")
-    add_setting(option, "--decay", positive, "factor on the learning rate after every epoch")
-    add_setting(option, "--tolerance", positive, "relative and absolute tolerance of the solver")
-    add_setting(option, "--method", one_of("method", METHODS), f"one of {' '.join(METHODS)}")
-    add_setting(option, "--step-size", positive, "of a fixed-step method, in units of t (the layers go from 1 to 2)")
-    add_setting(option, "--gradient", one_of("gradient", GRADIENTS), f"one of {' '.join(GRADIENTS)}")
-    add_setting(option, "--gate", one_of("gate", GATES), f"of GHBNODE and GNesterovNODE: {' '.join(GATES)}")
-    add_setting(option, "--device", device, "cpu, cuda, cuda:1, ...")
-    option("--output", type=Path, default=argparse.SUPPRESS, help="folder of the results (default: runs/EXPERIMENT)")
-    start = compare.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on with the comparison in the output folder")
-    start.add_argument("--overwrite", action="store_true", help="replace the comparison in the output folder")
+    for command, help, text in (
+        ("compare", "train several models on one experiment and compare them", "Train several models on a small task."),
+        (
+            "reproduce",
+            "an experiment of the NesterovNODE paper, with all its models",
+            "Run an experiment of the NesterovNODE paper (Nguyen et al., NeurIPS 2022) with all its models. Under "
+            "torchrun each batch is split over the processes.",
+        ),
+    ):
+        add_options(
+            commands.add_parser(
+                command,
+                help=help,
+                description=f"{text} Writes summary.csv, history.csv, figures and a checkpoint of each run to the "
+                "output folder.",
+                epilog="Exit code: 0 done, 1 a model failed, 2 a wrong request, 130 or 143 interrupted (go on with "
+                "--resume).",
+            ),
+            COMMANDS[command],
+        )
     return root
 
 
+def add_options(command: argparse.ArgumentParser, experiments: Mapping[str, Experiment | Measurement]) -> None:
+    option = command.add_argument
+    option("experiment", type=one_of("experiment", experiments), help=" or ".join(experiments))
+
+    def setting(flag: str, kind: Callable[[str], Any], text: str, **keywords: Any) -> None:
+        add_setting(option, experiments.values(), flag, kind, text, **keywords)
+
+    setting("--models", one_of("model", MODELS), f"any of {' '.join(MODELS)}", nargs="+")
+    setting("--seeds", whole(0), "one training of every model for each seed", nargs="+")
+    setting("--epochs", whole(1), "passes over the training data")
+    setting("--batch-size", whole(1), "rows in a training step")
+    setting("--learning-rate", positive, "of Adam")
+    setting("--decay", positive, "factor on the learning rate after every epoch (cifar10: every 1,000 steps)")
+    setting("--clip", positive, "bound on the gradient's norm")
+    setting("--limit", whole(1), "training rows, and test rows, used at most")
+    setting("--tolerance", positive, "relative and absolute tolerance of the solver")
+    setting("--method", one_of("method", METHODS), f"one of {' '.join(METHODS)}")
+    setting("--step-size", positive, "of a fixed-step method, in units of t (the layers go from 1 to 2)")
+    setting("--gradient", one_of("gradient", GRADIENTS), f"one of {' '.join(GRADIENTS)}")
+    setting("--gate", gate, f"of GHBNODE and GNesterovNODE: {' '.join(GATES)}, or with a bound, hardtanh:0.5")
+    setting("--xi", xi, "their residual: a number, or learnable")
+    setting("--damping-factor", positive, "r in the damping r/t of NesterovNODE and GNesterovNODE")
+    setting("--device", device, "cpu, cuda, cuda:1, ...")
+    if any(isinstance(each, Measurement) or each.requires for each in experiments.values()):
+        text = "folder of the data files, where what is missing is downloaded to"
+        option(
+            "--data", type=Path, default=argparse.SUPPRESS, help=f"{text} (default: $NESTEROV_TRITON_DATA, or a cache)"
+        )
+    text = "between two checkpoints inside an epoch (default: 30)"
+    option("--checkpoint-seconds", type=positive, default=argparse.SUPPRESS, metavar="SECONDS", help=text)
+    text = "folder of the results (default: runs/EXPERIMENT, or runs/paper/EXPERIMENT)"
+    option("--output", type=Path, default=argparse.SUPPRESS, help=text)
+    start = command.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    start.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+
+
 def add_setting(
-    option: Callable[..., argparse.Action], flag: str, kind: Callable[[str], Any], text: str, **keywords: Any
+    option: Callable[..., argparse.Action],
+    experiments: Iterable[Experiment | Measurement],
+    flag: str,
+    kind: Callable[[str], Any],
+    text: str,
+    **keywords: Any,
 ) -> None:
     name = flag.removeprefix("--").replace("-", "_")
     assert name in {setting.name for setting in fields(Settings)}
-    defaults = dict.fromkeys(getattr(experiment.defaults, name) for experiment in EXPERIMENTS.values())
+    defaults = dict.fromkeys(getattr(experiment.defaults, name) for experiment in experiments)
     if "nargs" in keywords:
         keywords["action"] = Several
     shown = " / ".join("none" if default is None else show(default) for default in defaults)
@@ -209,3 +309,25 @@ def device(text: str) -> str:
             f"unknown device {text!r}: valid names are cpu, cuda and, for one of several, cuda:1"
         )
     return text
+
+
+def gate(text: str) -> str:
+    name, colon, bound = text.partition(":")
+    text = one_of("gate", GATES)(name) + colon + bound
+    try:
+        parse_gate(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def xi(text: str) -> float | str:
+    if text == "learnable":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, or learnable, got {text!r}")
+    return value

@@ -3,6 +3,8 @@
 The 64 pixels are the features; the layer moves them, a linear readout classifies them.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ DEFAULTS = Settings(
 )
 
 
-def load(seed: int) -> tuple[Split, Split]:
+def load(seed: int, folder: Path = Path(".")) -> tuple[Split, Split]:
     """The same stratified split whatever the seed, pixels scaled to [-1, 1] in float32."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

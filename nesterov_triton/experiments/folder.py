@@ -20,10 +20,12 @@ HISTORY_COLUMNS = ("model", "seed", *(column.name for column in fields(Epoch)))
 
 
 class Folder:
-    """``settings.json``, one checkpoint a run, ``history.csv``; later ``summary.csv`` and ``figure.png``.
+    """``settings.json``, one checkpoint a run, ``history.csv``; later ``summary.csv`` and the figures.
 
     The checkpoints alone are read back; the other files are written from them.
     """
+
+    figures = ("figure", "features")  # names without .png and .pdf
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +33,6 @@ class Folder:
         self.checkpoints = path / "checkpoints"
         self.history = path / "history.csv"
         self.summary = path / "summary.csv"
-        self.figure = path / "figure.png"
 
     def is_empty(self) -> bool:
         """No file but those that a killed write left half done."""
@@ -42,7 +43,8 @@ class Folder:
 
     def clear(self) -> None:
         """Remove the files of an earlier comparison, and nothing that is not ours."""
-        ours = (self.settings_path, self.history, self.summary, self.figure, *self.checkpoints.glob("*-seed*.pt"))
+        drawn = [self.path / f"{name}.{kind}" for name in self.figures for kind in ("png", "pdf")]
+        ours = (self.settings_path, self.history, self.summary, *drawn, *self.checkpoints.glob("*-seed*.pt"))
         for path in ours:
             path.unlink(missing_ok=True)
 
@@ -63,7 +65,7 @@ class Folder:
             stored = json.loads(self.settings_path.read_text())
             return Settings(**stored | {"models": tuple(stored["models"]), "seeds": tuple(stored["seeds"])})
         except FileNotFoundError:
-            message = f"{self.path} holds files, but no comparison (no settings.json); choose another --output"
+            message = f"{self.path} holds files, but no run (no settings.json); choose another --output"
         except (ValueError, TypeError, KeyError, OSError) as error:
             message = f"cannot read {self.settings_path} ({error}); start anew with --overwrite"
         raise CommandError(message)
@@ -88,6 +90,18 @@ class Folder:
     def write_history(self, runs: Iterable[Run]) -> None:
         rows = [{"model": run.model, "seed": run.seed, **asdict(epoch)} for run in runs for epoch in run.history]
         write_csv(self.history, HISTORY_COLUMNS, rows)
+
+    def draw(self, name: str, figure: Any) -> list[Path]:
+        """Write a matplotlib figure as PNG and as PDF; gives their paths."""
+        assert name in self.figures
+        paths = []
+        for kind in ("png", "pdf"):
+            image = io.BytesIO()
+            # Without its date, so that the same numbers give the same file.
+            figure.savefig(image, dpi=150, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+            paths.append(self.path / f"{name}.{kind}")
+            write(paths[-1], image.getvalue())
+        return paths
 
     def _leftovers(self) -> list[Path]:
         return [path for folder in (self.path, self.checkpoints) for path in folder.glob(f".*{TEMPORARY}")]

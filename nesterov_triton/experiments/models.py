@@ -1,5 +1,6 @@
-"""The compared models: their fields, their layers, and the network around a layer."""
+"""The compared models: their systems, how a system is solved, and the networks around it."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -8,11 +9,34 @@ import torch
 from torch import Tensor, nn
 
 import nesterov_triton as nt
+from nesterov_triton.nn import MomentumLayer
+from nesterov_triton.systems import Coefficients, Momentum, Xi
 
 COMPARED = ("NODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE")
-MODELS = ("NODE", "ANODE", "SONODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE")
+PAPER = ("NODE", "ANODE", "SONODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE")
+PUBLISHED = ("NesterovNODE-published", "GNesterovNODE-published")
+MODELS = (*PAPER, *PUBLISHED)
 AUGMENT = 1  # zeros that ANODE appends to the features
-GATED = ("GHBNODE", "GNesterovNODE")
+GATED = ("GHBNODE", "GNesterovNODE", "GNesterovNODE-published")
+START, END = 1.0, 2.0  # the interval of every solve
+
+
+def parse_gate(text: str) -> nt.gates.Gate:
+    """A gate by name, with a bound if one is given: softclip, hardtanh:0.5.
+
+    Raises:
+        ValueError: an unknown name, or a bound that this gate does not take.
+    """
+    name, colon, bound = text.partition(":")
+    gate = nt.gates.get(name)
+    if not colon:
+        return gate
+    if not isinstance(gate, nt.gates.Hardtanh) and type(gate) is not nt.gates.Softclip:
+        raise ValueError(f"gate {name} takes no bound, got {text!r}; softclip and hardtanh do, as in hardtanh:0.5")
+    try:
+        return type(gate)(float(bound))
+    except ValueError as error:
+        raise ValueError(f"gate {text!r}: the bound must be a positive number") from error
 
 
 def perceptron(widths: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
@@ -37,12 +61,16 @@ class TimedField(nn.Module):
 
 
 class Network(nn.Module):
-    """A neural-ODE layer and a linear readout of its final features: [batch, features] -> [batch, outputs]."""
+    """A neural-ODE layer and a readout of its final features: [batch, features] -> [batch, outputs]."""
 
     def __init__(self, layer: nn.Module, readout: nn.Module) -> None:
         super().__init__()
         self.layer = layer
         self.readout = readout
+
+    @property
+    def stats(self) -> Any:
+        return self.layer.stats
 
     def forward(self, inputs: Tensor) -> Tensor:
         result: Tensor = self.readout(self.layer(inputs))
@@ -65,14 +93,245 @@ def field_inputs(model: str, features: int) -> int:
 
 
 def build_layer(
-    model: str, field: nn.Module, initial_velocity: nn.Module | None, *, gate: str, **solver: Any
+    model: str,
+    field: nn.Module,
+    initial_velocity: nn.Module | None,
+    *,
+    gate: str,
+    xi: Xi = "learnable",
+    damping_factor: float = 3.0,
+    **solver: Any,
 ) -> nn.Module:
     """The layer called ``model``; ``solver`` is passed on (method, rtol, atol, gradient, step_size)."""
     if is_second_order(model):
         solver["initial_velocity"] = initial_velocity
+    if model in PUBLISHED:
+        return PublishedLayer(build_system(model, field, gate, xi, damping_factor), **solver)
+    if damping_factor != 3 and model in ("NesterovNODE", "GNesterovNODE"):
+        system = build_system(model, field, gate, xi, damping_factor)
+        assert isinstance(system, Momentum)
+        return MomentumLayer(system, **solver)
     if model in GATED:
-        solver["gate"] = gate
+        solver |= {"gate": parse_gate(gate), "xi": xi}
     if model == "ANODE":
         solver["augment"] = AUGMENT
     layer: nn.Module = getattr(nt, model)(field, **solver)
     return layer
+
+
+def build_system(
+    model: str, field: nn.Module, gate: str, xi: Xi = "learnable", damping_factor: float = 3.0
+) -> nt.systems.System:
+    """The system of ``model`` around ``field``."""
+    sigma = parse_gate(gate)
+    match model:
+        case "NODE" | "ANODE":
+            return nt.systems.FirstOrder(field)
+        case "SONODE":
+            return nt.systems.second_order(field)
+        case "HBNODE":
+            return nt.systems.heavy_ball(field)
+        case "GHBNODE":
+            return nt.systems.generalised_heavy_ball(field, sigma, xi)
+        case "NesterovNODE":
+            return nt.systems.nesterov(field) if damping_factor == 3 else Damped(field, damping_factor)
+        case "GNesterovNODE":
+            if damping_factor == 3:
+                return nt.systems.gnesterov(field, sigma, xi)
+            return Damped(field, damping_factor, gate_x=sigma, gate_f=sigma, xi=xi)
+        case "NesterovNODE-published":
+            return nt.systems.FirstOrder(PublishedField(field, nt.gates.Identity(), 0.0, damping_factor))
+        case "GNesterovNODE-published":
+            return nt.systems.FirstOrder(PublishedField(field, sigma, xi, damping_factor))
+    raise ValueError(f"no model {model}")
+
+
+class Damped(Momentum):
+    """The (generalised) Nesterov system with damping r/t in place of 3/t: k(t) = t^(-r/2) e^(t/2).
+
+    Absorbed form only: there r enters through k alone.
+    """
+
+    def __init__(self, field: nn.Module, factor: float, **options: Any) -> None:
+        super().__init__(field, nesterov=True, damping=1.0, sign=-1.0, **options)
+        self.factor = factor
+
+    def scale(self, t: Tensor) -> Tensor:
+        return self.gate_x(damped_scale(t, self.factor))
+
+    def scale_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        k = damped_scale(t, self.factor)
+        kappa = self.gate_x(k)
+        return kappa, self.gate_x.pullback(k * (0.5 - 0.5 * self.factor / t), k, kappa)
+
+    def coefficients(self, t: Any, damping: Any, xi: Any) -> Coefficients[Any]:
+        k = damped_scale(t, self.factor)
+        scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
+        zero = 0.0 * t
+        return Coefficients(scale, None, zero - xi * scale, zero - damping)
+
+
+def damped_scale(t: Any, factor: float) -> Any:
+    """k(t) = t^(-r/2) e^(t/2), of a number or a tensor."""
+    return t ** (-0.5 * factor) * (torch.exp(0.5 * t) if isinstance(t, Tensor) else math.exp(0.5 * t))
+
+
+class PublishedField(nn.Module):
+    """What the authors' released code integrates, kept to be run beside the paper's system: it is another one.
+
+    The state is (h, d), taken for (h, h'); with k(t) = t^(-r/2) e^(t/2)
+
+        m  = ((r/(2t) - 1/2) h + d) / k,     h' = σ(m),     d' = -σ(f(t, h)) - m - ξ h
+
+    The right-hand side is that of (x, m), given out as the derivative of (h, d). The factor σ(k(T)) is applied to the
+    result all the same; see `PublishedLayer`.
+
+    Args:
+        field: f(t, h).
+        gate: σ.
+        xi: ξ, a number or "learnable".
+        factor: r.
+    """
+
+    def __init__(self, field: nn.Module, gate: nt.gates.Gate, xi: Xi, factor: float) -> None:
+        super().__init__()
+        self.field, self.gate, self.factor = field, gate, factor
+        self.fixed_xi = 0.0 if xi == "learnable" else float(xi)
+        self.raw_xi = nn.Parameter(torch.tensor(math.log(math.expm1(0.5)))) if xi == "learnable" else None
+
+    def forward(self, t: Tensor, state: Tensor) -> Tensor:
+        """The derivative of the state, both [batch, 2 channels, ...]: h, then d."""
+        h, d = state.chunk(2, dim=1)
+        m = ((0.5 * self.factor / t - 0.5) * h + d) / damped_scale(t, self.factor)
+        force = -self.gate(self.field(t, h)) - m
+        xi = self.fixed_xi if self.raw_xi is None else nn.functional.softplus(self.raw_xi)
+        return torch.cat([self.gate(m), force - xi * h], dim=1)
+
+    def output_factor(self, t: Tensor) -> Tensor:
+        """σ(k(t)), which the released code multiplies the state at every time after the first with."""
+        return self.gate(damped_scale(t, self.factor))
+
+
+class PublishedLayer(nt.NODE):
+    """The released code's NesterovNODE and GNesterovNODE; see `PublishedField`. h, [batch, ...], to its h(T)."""
+
+    def __init__(self, system: nt.systems.System, *, initial_velocity: nn.Module | None = None, **solver: Any) -> None:
+        super().__init__(system.field, **solver)
+        self.initial_velocity = initial_velocity
+
+    def forward(self, h: Tensor, t: Any = None) -> Tensor:
+        velocity = torch.zeros_like(h) if self.initial_velocity is None else self.initial_velocity(h)
+        states = super().forward(torch.cat([h, velocity], dim=1), t)
+        times = self._times(t).to(h)
+        assert isinstance(self.field, PublishedField)
+        if len(times) == 2:
+            return self.field.output_factor(times[-1]) * states.chunk(2, dim=1)[0]
+        factors = torch.cat([torch.ones_like(times[:1]), self.field.output_factor(times[1:])])
+        return factors.view(-1, *[1] * h.ndim) * states.chunk(2, dim=2)[0]
+
+
+class Evolution(nn.Module):
+    """A model's solve from t = 1 to t = 2, for networks that make feature and velocity together.
+
+    Args:
+        model: its name.
+        field: f(t, h), or f(t, h, m) for SONODE.
+        gate, xi, damping_factor: see `build_system`.
+        solver: options of `nesterov_triton.solve`.
+
+    Attributes:
+        stats: counts of the last solve.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        field: nn.Module,
+        *,
+        gate: str,
+        xi: Xi = "learnable",
+        damping_factor: float = 3.0,
+        **solver: Any,
+    ) -> None:
+        super().__init__()
+        self.system = build_system(model, field, gate, xi, damping_factor)
+        self.solver = solver
+        self.stats = nt.Stats()
+
+    def forward(
+        self, h: Tensor, velocity: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(h, m) at t = 2; no m for a first-order system.
+
+        Args:
+            h: features at t = 1, [batch, ...].
+            velocity: m at t = 1, of h's shape; zeros without.
+            scale: a factor on the right-hand side for each sample, [batch, 1, ...], as where each sample has gone its
+                own distance in time since it was last seen.
+        """
+        start, end = (torch.tensor(t, dtype=torch.float64) for t in (START, END))
+        system = self.system
+        m = torch.zeros_like(h) if velocity is None else velocity
+        if isinstance(system, Momentum):
+            state = system.initial_state(h, m, start)
+            if scale is None:
+                x, m = self._solve(system, state)
+            else:
+                x, m = self._solve(Scaled(FirstOrderForm(system), scale), torch.cat(state, dim=1)).chunk(2, dim=1)
+            return system.features(end, x), m
+        field: Any = system.field
+        right_hand_side = system if scale is None else Scaled(field, scale)
+        if not isinstance(field, PublishedField):
+            return self._solve(right_hand_side, h), None
+        h, d = self._solve(right_hand_side, torch.cat([h, m], dim=1)).chunk(2, dim=1)
+        return field.output_factor(end.to(h)) * h, d
+
+    def _solve(self, system: Any, state: Any) -> Any:
+        params = (system.scale,) if isinstance(system, Scaled) and system.scale.requires_grad else ()
+        solution = nt.solve(system, state, (START, END), params=params, **self.solver)
+        self.stats = solution.stats
+        return solution.final
+
+
+class Scaled(nn.Module):
+    """A right-hand side times a factor for each sample: one solve's, and held by nothing else.
+
+    A tensor that stood on the shared field instead, to be overwritten before the next solve, would have the backward
+    pass of every solve but the last see the wrong one: "discrete" and "adjoint" call the field again.
+
+    Args:
+        field: f(t, y) on y, [batch, ...].
+        scale: [batch, 1, ...].
+    """
+
+    def __init__(self, field: nn.Module, scale: Tensor) -> None:
+        super().__init__()
+        self.field = field
+        self.scale = scale
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.scale * self.field(t, y)
+        return result
+
+
+class FirstOrderForm(nn.Module):
+    """A momentum system's right-hand side on (x, m) side by side, [batch, 2 width] -> the same.
+
+    `Momentum` itself has one right-hand side for all samples: x' = σ_x(m) does not ask the field, so nothing that a
+    field returns can scale it. As a first-order system it is a field like any other, and can be multiplied.
+    """
+
+    def __init__(self, system: Momentum) -> None:
+        super().__init__()
+        self.system = system
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        system = self.system
+        x, m = y.chunk(2, dim=1)
+        c = system.coefficients(t, system.damping, system.xi)
+        h = x if c.scale is None else c.scale * x
+        force = system.gate_f(system.field(t, h, m) if system.sees_momentum else system.field(t, h))
+        slope = force * (system.sign if c.drive is None else c.drive)
+        if c.q is not None and c.minus_gamma is not None:
+            slope = slope + c.q * x + c.minus_gamma * m
+        return torch.cat([system.gate_x(m), slope], dim=1)

@@ -1,5 +1,7 @@
 """What is seen while a comparison runs: a live bar on a terminal, a few plain lines elsewhere."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -31,10 +33,16 @@ def display(console: Console, settings: Settings) -> Display:
 
 
 def numbers(epoch: Epoch) -> str:
-    return (
-        f"loss {epoch.train_loss:.4f}  accuracy {epoch.test_accuracy_percent:5.2f} %  "
-        f"NFE {epoch.nfe_forward:.0f} + {epoch.nfe_backward:.0f}"
-    )
+    return f"loss {epoch.train_loss:.4f}  {tested(epoch)}  NFE {epoch.nfe_forward:.0f} + {epoch.nfe_backward:.0f}"
+
+
+def tested(epoch: Epoch | None) -> str:
+    """The last test's result: the accuracy, or the loss where there is none."""
+    if epoch is None:
+        return "tested  -- "
+    if epoch.test_accuracy_percent is None:
+        return f"test loss {epoch.test_loss:.4f}"
+    return f"accuracy {epoch.test_accuracy_percent:5.2f} %"
 
 
 def verdict(run: Run) -> str:
@@ -127,8 +135,8 @@ class Bars:
         self._show(len(run.history), "")
 
     def batch(self, batch: Batch) -> None:
-        accuracy = f"{self.last.test_accuracy_percent:5.2f}" if self.last else "  -- "
-        text = f"loss {batch.loss:.4f}  accuracy {accuracy} %  NFE {batch.nfe_forward} + {batch.nfe_backward}"
+        nfe = f"{batch.nfe_forward:.0f} + {batch.nfe_backward:.0f}"
+        text = f"loss {batch.loss:.4f}  {tested(self.last)}  NFE {nfe}"
         self._show(batch.epoch - 1 + batch.fraction, text)
 
     def epoch(self, epoch: Epoch) -> None:
@@ -145,3 +153,12 @@ class Bars:
         # The count of epochs is shown whole; the bar for all runs moves with every batch.
         self.current.update(self.run_task, completed=int(epochs), numbers=text)
         self.overall.update(self.all_task, completed=self.done * self.epochs + epochs)
+
+
+@contextmanager
+def counted(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over ``total`` things: call what this gives with each one's name when it is done. Terminals only."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+    with Progress(*columns, console=console, expand=True, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda name: progress.update(task, advance=1, description=name)

@@ -1,6 +1,5 @@
 """The end of a comparison: one table, on the screen and as CSV, and one figure."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +11,57 @@ from rich.console import Console
 from rich.table import Table
 
 from nesterov_triton.experiments.experiment import Experiment, Settings
-from nesterov_triton.experiments.folder import write, write_csv
+from nesterov_triton.experiments.folder import write_csv
 from nesterov_triton.experiments.training import Epoch, Run
 
 
 @dataclass(frozen=True)
 class Column:
-    """A measured quantity: its name in the CSV, its heading on the screen, and how to read it from a run."""
+    """A measured quantity: its name in the CSV, its heading on the screen, and how to read it from a run.
+
+    ``value`` is given all runs too, for what is relative to another model's; None where there is no such number.
+    """
 
     name: str
     heading: str
     format: str
-    value: Callable[[Run], float]
+    value: Callable[[Run, Sequence[Run]], float | None]
+
+
+def last(name: str) -> Callable[[Run, Sequence[Run]], float | None]:
+    """What the last epoch has under this name."""
+    return lambda run, runs: getattr(run.history[-1], name)
+
+
+def evaluations(epoch: Epoch) -> float:
+    """Forward and backward, of a batch."""
+    return epoch.nfe_forward + epoch.nfe_backward
+
+
+def cost_of_nodes_loss(run: Run, runs: Sequence[Run]) -> float | None:
+    """How much of NODE's evaluations, in percent, this run took until its training loss was NODE's last one.
+
+    Of the NODE run with the same seed, forward and backward over all its epochs; None where this run never got there.
+    """
+    node = next((other for other in runs if other.model == "NODE" and other.seed == run.seed and other.history), None)
+    if node is None:
+        return None
+    aim, spent = node.history[-1].train_loss, 0.0
+    for epoch in run.history:
+        spent += evaluations(epoch)
+        if epoch.train_loss <= aim:
+            return 100 * spent / sum(map(evaluations, node.history))
+    return None
 
 
 COLUMNS = (
-    Column("test_accuracy_percent", "test\nacc. %", ".2f", lambda run: run.history[-1].test_accuracy_percent),
-    Column("test_loss", "test\nloss", ".4f", lambda run: run.history[-1].test_loss),
-    Column("train_loss", "train\nloss", ".4f", lambda run: run.history[-1].train_loss),
-    Column("nfe_forward", "NFE\nfwd", ".1f", lambda run: run.history[-1].nfe_forward),
-    Column("nfe_backward", "NFE\nbwd", ".1f", lambda run: run.history[-1].nfe_backward),
-    Column("seconds_per_epoch", "s per\nepoch", ".3f", lambda run: fmean(row.seconds for row in run.history)),
+    Column("test_accuracy_percent", "test\nacc. %", ".2f", last("test_accuracy_percent")),
+    Column("test_loss", "test\nloss", ".4f", last("test_loss")),
+    Column("train_loss", "train\nloss", ".4f", last("train_loss")),
+    Column("nfe_forward", "NFE\nfwd", ".1f", last("nfe_forward")),
+    Column("nfe_backward", "NFE\nbwd", ".1f", last("nfe_backward")),
+    Column("nfe_to_node_loss_percent", "to NODE's\nloss, %", ".1f", cost_of_nodes_loss),
+    Column("seconds_per_epoch", "s per\nepoch", ".3f", lambda run, runs: fmean(row.seconds for row in run.history)),
 )
 
 
@@ -55,8 +84,10 @@ def summarise(runs: Sequence[Run], settings: Settings) -> list[Row]:
         begun = complete or [run for run in own if run.history]
         values = {}
         for column in COLUMNS if begun else ():
-            measured = [column.value(run) for run in begun]
-            values[column.name] = (fmean(measured), stdev(measured) if len(measured) > 1 else None)
+            found = [column.value(run, runs) for run in begun]
+            measured = [value for value in found if value is not None]
+            if measured and len(measured) == len(found):  # a mean over some of the seeds would flatter
+                values[column.name] = (fmean(measured), stdev(measured) if len(measured) > 1 else None)
         rows.append(Row(model, values, own[0].parameters if own else None, _status(own, len(complete), settings)))
     return rows
 
@@ -96,7 +127,7 @@ def print_table(rows: Sequence[Row], experiment: Experiment, settings: Settings,
         pad_edge=False,
         title=f"{experiment.title}: {describe(settings)}",
         caption=f"last epoch{over}; NFE: evaluations of the field per training batch, forward and backward; "
-        "s per epoch: training only",
+        "to NODE's loss: its share of NODE's evaluations in all epochs; s per epoch: training only",
     )
     table.add_column("model", style="bold", no_wrap=True)
     for heading in [*(column.heading for column in COLUMNS), "para-\nmeters"]:
@@ -119,11 +150,29 @@ def write_summary(path: Path, rows: Sequence[Row]) -> None:
     write_csv(path, ["model", *names, "parameters", "status"], lines)
 
 
+def print_cells(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
+    """A table of texts."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", style=None if i else "bold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def describe(settings: Settings) -> str:
+    """The settings that say what was solved and how, where they are not the usual ones."""
     step = f", step {settings.step_size:g}" if settings.step_size is not None else ""
-    return (
+    parts = [
         f"{settings.method}{step}, tolerance {settings.tolerance:g}, gradient {settings.gradient}, gate {settings.gate}"
-    )
+    ]
+    if settings.xi != "learnable":
+        parts.append(f"xi {settings.xi:g}")
+    if settings.damping_factor != 3:
+        parts.append(f"damping {settings.damping_factor:g}/t")
+    if settings.limit is not None:
+        parts.append(f"{settings.limit} rows")
+    return ", ".join(parts)
 
 
 # Relatives share a hue: grey first order, blue heavy ball, orange Nesterov; all apart for colour-blind readers.
@@ -136,54 +185,62 @@ COLOURS = {
     "NesterovNODE": "#e69f00",
     "GNesterovNODE": "#d55e00",
 }
-PANELS: tuple[tuple[str, str, Callable[[Epoch], float]], ...] = (
-    ("test accuracy", "% of the held-out data", lambda epoch: epoch.test_accuracy_percent),
-    ("training loss", "mean over the epoch, log scale", lambda epoch: epoch.train_loss),
-    ("NFE forward", "evaluations per batch", lambda epoch: epoch.nfe_forward),
-    ("NFE backward", "evaluations per batch", lambda epoch: epoch.nfe_backward),
-)
+Panel = tuple[str, str, Callable[[Epoch], float | None]]
+LOSS: Panel = ("training loss", "mean over the epoch, log scale", lambda epoch: epoch.train_loss)
+TEST_LOSS: Panel = ("test loss", "log scale", lambda epoch: epoch.test_loss)
+ACCURACY: Panel = ("test accuracy", "% of the held-out data", lambda epoch: epoch.test_accuracy_percent)
+FORWARD: Panel = ("NFE forward", "evaluations per batch", lambda epoch: epoch.nfe_forward)
+BACKWARD: Panel = ("NFE backward", "evaluations per batch", lambda epoch: epoch.nfe_backward)
 
 
-def draw(path: Path, runs: Sequence[Run], experiment: Experiment, settings: Settings) -> None:
-    """The curves against the epoch: mean over seeds, in the band from least to greatest."""
+def style(model: str) -> dict[str, Any]:
+    """Colour and dashes of a model's curve; the published code's variants are dashed."""
+    name, _, published = model.partition("-")
+    return {"color": COLOURS[name], "linestyle": "--" if published else "-"}
+
+
+def draw(runs: Sequence[Run], experiment: Experiment, settings: Settings) -> Any:
+    """The curves against the epoch, a matplotlib figure: mean over seeds, in the band from least to greatest."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(10, 7.2), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).ravel()
-    for axis, (title, unit, value) in zip(axes, PANELS, strict=True):
+    panels = (TEST_LOSS if experiment.accuracy is None else ACCURACY, LOSS, FORWARD, BACKWARD)
+    for axis, (title, unit, value) in zip(axes, panels, strict=True):
         for i, model in enumerate(settings.models):
             curves = [[value(epoch) for epoch in run.history] for run in runs if run.model == model and run.history]
             if not curves:
                 continue
             length = max(map(len, curves))
-            at_epoch = [[curve[i] for curve in curves if i < len(curve)] for i in range(length)]
+            at_epoch = [
+                [x for curve in curves if k < len(curve) and (x := curve[k]) is not None] for k in range(length)
+            ]
             epochs = range(1, length + 1)
             mean = [fmean(values) for values in at_epoch]
             # Counts often coincide: there each curve is thinner than the one below it, so that all stay visible.
             width = 1.4 + 3 * (1 - (i + 1) / len(settings.models)) if title.startswith("NFE") else 1.8
             marker = "o" if length == 1 else None
-            axis.plot(epochs, mean, color=COLOURS[model], label=model, linewidth=width, marker=marker)
+            axis.plot(epochs, mean, label=model, linewidth=width, marker=marker, **style(model))
             if len(curves) > 1:
                 low, high = [min(values) for values in at_epoch], [max(values) for values in at_epoch]
-                axis.fill_between(epochs, low, high, color=COLOURS[model], alpha=0.15, linewidth=0)
+                axis.fill_between(epochs, low, high, color=style(model)["color"], alpha=0.15, linewidth=0)
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axis.set_ylabel(unit)
         axis.grid(True, color="#e5e5e5", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[1].set_yscale("log")
-    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[1].yaxis.set_major_formatter("{x:g}")
-    axes[1].yaxis.set_minor_formatter(NullFormatter())
+        if title.endswith("loss"):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
     for axis in axes[2:]:
         axis.set_ylim(bottom=0)
         axis.set_xlabel("epoch")
     seeds = f", mean and range of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
     figure.suptitle(f"{experiment.title}: {describe(settings)}{seeds}", fontsize=12)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=150, format="png")
-    write(path, image.getvalue())
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+    return figure
