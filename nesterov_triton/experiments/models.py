@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -285,6 +285,23 @@ class Evolution(nn.Module):
             return self._solve(right_hand_side, h), None
         h, d = self._solve(right_hand_side, torch.cat([h, m], dim=1)).chunk(2, dim=1)
         return field.output_factor(end.to(h)) * h, d
+
+    def path(self, h: Tensor, velocity: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(h, h') at all of `times`, [n, batch, ...] each; no h' for a first-order system.
+
+        The released code's variants have in its place what they take for h'.
+        """
+        system = self.system
+        if isinstance(system, Momentum):
+            x, m = nt.solve(system, system.initial_state(h, velocity, times[0]), times, **self.solver).ys
+            return system.features(times, x), system.velocity(times, x, m)
+        field: Any = system.field
+        if not isinstance(field, PublishedField):
+            return cast(Tensor, nt.solve(system, h, times, **self.solver).ys), None
+        solution = nt.solve(system, torch.cat([h, velocity], dim=1), times, **self.solver)
+        hs, ds = cast(Tensor, solution.ys).chunk(2, dim=2)
+        factors = torch.cat([torch.ones_like(times[:1]), field.output_factor(times[1:])]).to(hs)
+        return factors.view(-1, *[1] * h.ndim) * hs, ds
 
     def _solve(self, system: Any, state: Any) -> Any:
         params = (system.scale,) if isinstance(system, Scaled) and system.scale.requires_grad else ()
