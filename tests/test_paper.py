@@ -183,11 +183,15 @@ def test_one_command_runs_one_experiment(tmp_path: Path, monkeypatch: pytest.Mon
         "figure.pdf",
         "figure.png",
         "history.csv",
+        "machines.json",
         "settings.json",
         "summary.csv",
     ]
     assert [row["status"] for row in read(out / "summary.csv")] == ["done", "done"]
     assert json.loads((out / "settings.json").read_text())["limit"] == 2
+    (made_with,) = json.loads((out / "machines.json").read_text())
+    assert made_with["torch"] == torch.__version__
+    assert {"processor", "commit", "python", "processes"} <= set(made_with)
 
 
 def test_the_point_clouds_command_draws_trajectories(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ HISTORY_COLUMNS = ("model", "seed", *(column.name for column in fields(Epoch)))
 
 
 class Folder:
-    """``settings.json``, one checkpoint a run, ``history.csv``; later ``summary.csv`` and the figures.
+    """Settings, machines, one checkpoint a run and the history; later the summary and the figures.
 
-    The checkpoints alone are read back; the other files are written from them.
+    Settings and checkpoints alone are read back; the other files are written from them.
     """
 
     figures = ("figure", "features")  # names without .png and .pdf
@@ -31,6 +31,7 @@ class Folder:
         self.path = path
         self.settings_path = path / "settings.json"
         self.checkpoints = path / "checkpoints"
+        self.machines = path / "machines.json"
         self.history = path / "history.csv"
         self.summary = path / "summary.csv"
 
@@ -44,16 +45,20 @@ class Folder:
     def clear(self) -> None:
         """Remove the files of an earlier comparison, and nothing that is not ours."""
         drawn = [self.path / f"{name}.{kind}" for name in self.figures for kind in ("png", "pdf")]
-        ours = (self.settings_path, self.history, self.summary, *drawn, *self.checkpoints.glob("*-seed*.pt"))
-        for path in ours:
+        tables = (self.settings_path, self.machines, self.history, self.summary)
+        for path in (*tables, *drawn, *self.checkpoints.glob("*-seed*.pt")):
             path.unlink(missing_ok=True)
 
-    def prepare(self, settings: Settings) -> None:
+    def prepare(self, settings: Settings, machine: dict[str, Any]) -> None:
+        """Write the settings, and the machine under those that worked here before."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self._leftovers():
                 leftover.unlink(missing_ok=True)
             write(self.settings_path, (json.dumps(asdict(settings), indent=2) + "\n").encode())
+            before = json.loads(self.machines.read_text()) if self.machines.exists() else []
+            if machine not in before:
+                write(self.machines, (json.dumps([*before, machine], indent=2) + "\n").encode())
         except OSError as error:
             raise CommandError(f"cannot write to {self.path}: {error}; choose another --output") from error
 

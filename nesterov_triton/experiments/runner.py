@@ -15,6 +15,7 @@ from rich.console import Console
 
 from nesterov_triton.experiments.experiment import Experiment, Measurement, Settings
 from nesterov_triton.experiments.folder import Folder, write_csv
+from nesterov_triton.experiments.machine import machine
 from nesterov_triton.experiments.processes import Processes
 from nesterov_triton.experiments.progress import Display, counted, display
 from nesterov_triton.experiments.report import (
@@ -77,7 +78,7 @@ class Runner:
         with Interruption() as interruption:
             try:
                 if leader:
-                    folder.prepare(settings)
+                    folder.prepare(settings, machine(self.processes.device, self.processes.size))
                 with display(self.notes, settings) as shown:
                     # Seeds outside, so that an interrupted run has every model.
                     done: dict[tuple[int, str], Run | None] = dict.fromkeys(product(settings.seeds, settings.models))
@@ -170,7 +171,7 @@ def measure(experiment: Measurement, settings: Settings, folder: Folder, data: P
     """Run an experiment that trains nothing, and report it. Returns the exit code, 0."""
     screen, notes = console(False), console(True)
     notes.print(f"{experiment.title}: {describe(settings)} -> {folder.path}", soft_wrap=True)
-    folder.prepare(settings)
+    folder.prepare(settings, machine(settings.device, 1))
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), counted(notes, len(settings.models) * len(settings.seeds)) as done:
         for model, seed in product(settings.models, settings.seeds):
