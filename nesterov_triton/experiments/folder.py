@@ -103,7 +103,7 @@ class Folder:
         for kind in ("png", "pdf"):
             image = io.BytesIO()
             # Without its date, so that the same numbers give the same file.
-            figure.savefig(image, dpi=150, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+            figure.savefig(image, dpi=110, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
             paths.append(self.path / f"{name}.{kind}")
             write(paths[-1], image.getvalue())
         return paths

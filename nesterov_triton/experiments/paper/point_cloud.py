@@ -105,7 +105,7 @@ def trajectories(networks: dict[str, Network], settings: Settings, data: tuple[S
     rows = -(-len(networks) // columns)
     figure = Figure(figsize=(3 * columns, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    times = torch.linspace(START, END, 41, dtype=torch.float64)
+    times = torch.linspace(START, END, 21, dtype=torch.float64)
     colours = {-1.0: "#0072b2", 1.0: "#d55e00"}
     split = data[0].first(settings.limit)
     for axis, (model, network) in zip(axes, networks.items(), strict=False):
