@@ -36,6 +36,7 @@ from nesterov_triton.experiments.models import (
     damped_scale,
 )
 from nesterov_triton.experiments.paper import EXPERIMENTS, cifar10, mnist, point_cloud, silverbox, walker2d
+from nesterov_triton.experiments.processes import Processes
 from nesterov_triton.experiments.training import Trainer
 
 TRAINED = {name: each for name, each in EXPERIMENTS.items() if isinstance(each, Experiment)}
@@ -570,6 +571,11 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     )
 
 
+def test_a_batch_smaller_than_the_processes() -> None:
+    parts = [Processes("cpu", rank, 3).part(torch.tensor([5, 6])) for rank in range(3)]
+    assert [(rows.tolist(), counted) for rows, counted in parts] == [([5], 1), ([6], 1), ([5], 0)]
+
+
 class FailsInOne(nn.Module):
     """A field that is no longer finite for states of the second half of a batch: one of two processes' solves."""
 
@@ -650,3 +656,25 @@ def test_settings_are_the_published_ones() -> None:
     assert (s.batch_size, s.learning_rate, s.clip, s.epochs, s.tolerance) == (256, 1e-3, 1.0, 500, 1e-7)
     s = point_cloud.DEFAULTS
     assert (s.batch_size, s.learning_rate, s.clip, s.epochs, s.tolerance) == (50, 1e-2, None, 200, 1e-7)
+
+
+def test_the_page_follows_from_the_histories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = pytest.importorskip("benchmarks.paper")
+    monkeypatch.setattr(page, "HERE", tmp_path / "page")
+    (tmp_path / "page").mkdir()
+    out = tmp_path / "out" / "point-cloud" / "softclip-discrete"
+    options = ("--seeds", 0, 1, "--epochs", 3, "--tolerance", 1e-2, "--models", "NODE", "NesterovNODE")
+    assert command("reproduce", "point-cloud", *options, "--output", out) == 0
+    text = page.page(tmp_path / "out")
+    history = read(out / "history.csv")
+    (line,) = (line for line in text.splitlines() if line.startswith("| NesterovNODE |"))
+    own = [row for row in history if row["model"] == "NesterovNODE"]
+    final = [float(row["train_loss"]) for row in own if row["epoch"] == "3"]
+    forward = [sum(float(row["nfe_forward"]) for row in own if row["seed"] == seed) / 3 for seed in "01"]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[1] == "2"
+    assert cells[2] == f"{np.mean(final):.4f} ± {np.std(final, ddof=1):.4f}"
+    assert cells[4] == f"{np.mean(forward):.0f} ± {np.std(forward, ddof=1):.0f}"
+    assert "| Point clouds, gate softclip, gradient discrete | NesterovNODE |" in text
+    assert (tmp_path / "page" / "point-cloud" / "softclip-discrete" / "figure.png").exists()
+    assert not (tmp_path / "page" / "point-cloud" / "softclip-discrete" / "checkpoints").exists()

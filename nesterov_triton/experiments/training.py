@@ -125,7 +125,7 @@ class Trainer:
         self.run = Run.from_dict(state["run"])
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.partial = Partial(**state["partial"])
+        self.partial = Partial(**state.get("partial", {}))  # an earlier version's has none
 
     def advance(self, on_batch: Callable[[Batch], None], pause: Callable[[], None] = lambda: None) -> None:
         """One epoch more, or a failure, in ``self.run``; ``pause`` is called where the state is whole."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import nesterov_triton as nt
 from nesterov_triton.experiments.experiment import Experiment, Settings, Split
 from nesterov_triton.experiments.models import (
     COMPARED as COMPARED_MODELS,
@@ -109,11 +110,15 @@ def trajectories(networks: dict[str, Network], settings: Settings, data: tuple[S
     colours = {-1.0: "#0072b2", 1.0: "#d55e00"}
     split = data[0].first(settings.limit)
     for axis, (model, network) in zip(axes, networks.items(), strict=False):
-        path = network.layer(split.inputs, t=times)[..., :2]
+        axis.set_title(model, fontsize=11)
+        try:
+            path = network.layer(split.inputs, t=times)[..., :2]
+        except nt.SolveError as error:
+            axis.set_title(f"{model}: {error.status.name}", fontsize=11)
+            continue
         for i, target in enumerate(split.targets.flatten().tolist()):
             axis.plot(*path[:, i].T.tolist(), color=colours[target], linewidth=0.5, alpha=0.5)
             axis.plot(*path[-1, i].tolist(), ".", color=colours[target], markersize=4)
-        axis.set_title(model, fontsize=11)
         axis.set_aspect("equal", adjustable="datalim")
         axis.grid(True, color="#e5e5e5", linewidth=0.8)
     for axis in axes[len(networks) :]:
