@@ -22,7 +22,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import nesterov_triton as nt
-from nesterov_triton.experiments.cli import COMMANDS, main
+from nesterov_triton.experiments.cli import COMMANDS, device_of, main
 from nesterov_triton.experiments.data import images
 from nesterov_triton.experiments.experiment import Experiment, Settings, Split
 from nesterov_triton.experiments.folder import Folder
@@ -569,6 +569,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert [float(row["train_loss"]) for row in two] == pytest.approx(
         [float(row["train_loss"]) for row in one], rel=1e-9
     )
+
+
+def test_several_processes_go_on_where_they_were(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"experiment": "point-cloud", "output": tmp_path, "resume": False}
+    assert device_of("compare", given) == "cpu"
+    Folder(tmp_path).prepare(replace(point_cloud.DEFAULTS, device="cuda"), {})
+    assert device_of("compare", given | {"resume": True}) == "cuda"
+    assert device_of("compare", given | {"resume": True, "device": "cpu"}) == "cpu"
 
 
 def test_a_batch_smaller_than_the_processes() -> None:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_packages(("matplotlib", "rich", *COMMANDS[command][given["experiment"]].requires))
         if not started():
             return run(command, given, Processes())
-        device = given.get("device", COMMANDS[command][given["experiment"]].defaults.device)
+        device = device_of(command, given)
         check_device(device)
         with processes(device) as all_of_them:
             return run(command, given, all_of_them)
@@ -59,9 +59,8 @@ def run(command: str, given: dict[str, Any], all_of_them: Processes) -> int:
     from nesterov_triton.experiments.runner import CHECKPOINT_SECONDS, Runner, measure  # needs the packages looked for
 
     experiment = COMMANDS[command][given["experiment"]]
-    # Folders have a name of their own for each command: their settings are not the same.
-    name = given["experiment"] if command == "compare" else f"paper/{given['experiment']}"
-    folder = Folder(given.pop("output", None) or Path("runs") / name)
+    folder = folder_of(command, given)
+    given.pop("output", None)
     data = data_folder(given.pop("data", None))
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
     checkpoint_seconds = given.pop("checkpoint_seconds", CHECKPOINT_SECONDS)
@@ -93,6 +92,20 @@ def run(command: str, given: dict[str, Any], all_of_them: Processes) -> int:
         processes=all_of_them,
         checkpoint_seconds=checkpoint_seconds,
     )()
+
+
+def folder_of(command: str, given: dict[str, Any]) -> Folder:
+    """The output folder; each command's has a name of its own, since their settings are not the same."""
+    name = given["experiment"] if command == "compare" else f"paper/{given['experiment']}"
+    return Folder(given.get("output") or Path("runs") / name)
+
+
+def device_of(command: str, given: dict[str, Any]) -> str:
+    """The device before there are settings: what is given, or what a resumed run has, or the default."""
+    stored = folder_of(command, given).settings() if given["resume"] else None
+    default: str = (stored or COMMANDS[command][given["experiment"]].defaults).device
+    asked: str = given.get("device", default)
+    return asked
 
 
 def attempt(action: Callable[[], Settings]) -> tuple[Settings | None, str | None]:

@@ -185,6 +185,7 @@ COLOURS = {
     "NesterovNODE": "#e69f00",
     "GNesterovNODE": "#d55e00",
 }
+DECADES = 1e-6  # of a loss that are shown
 Panel = tuple[str, str, Callable[[Epoch], float | None]]
 LOSS: Panel = ("training loss", "mean over the epoch, log scale", lambda epoch: epoch.train_loss)
 TEST_LOSS: Panel = ("test loss", "log scale", lambda epoch: epoch.test_loss)
@@ -232,14 +233,18 @@ def draw(runs: Sequence[Run], experiment: Experiment, settings: Settings) -> Any
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title.endswith("loss"):
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_yscale("log", nonpositive="clip")
+            low, high = axis.get_ylim()
+            low = max(low, DECADES * high)  # a loss can become 0
+            axis.set_ylim(low, high)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
     for axis in axes[2:]:
         axis.set_ylim(bottom=0)
         axis.set_xlabel("epoch")
-    seeds = f", mean and range of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
+    begun = len({run.seed for run in runs if run.history})
+    seeds = f", mean and range of {begun} seeds" if begun > 1 else ""
     figure.suptitle(f"{experiment.title}: {describe(settings)}{seeds}", fontsize=12)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
