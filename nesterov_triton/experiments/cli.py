@@ -260,10 +260,16 @@ def add_setting(
 ) -> None:
     name = flag.removeprefix("--").replace("-", "_")
     assert name in {setting.name for setting in fields(Settings)}
-    defaults = dict.fromkeys(getattr(experiment.defaults, name) for experiment in experiments)
+    defaults: dict[Any, list[str]] = {}
+    for experiment in experiments:
+        if not (isinstance(experiment, Measurement) and name in experiment.unused):
+            defaults.setdefault(getattr(experiment.defaults, name), []).append(experiment.defaults.experiment)
     if "nargs" in keywords:
         keywords["action"] = Several
-    shown = " / ".join("none" if default is None else show(default) for default in defaults)
+    texts = ["none" if default is None else show(default) for default in defaults]
+    if len(texts) > 1:
+        texts = [f"{text} for {' and '.join(names)}" for text, names in zip(texts, defaults.values(), strict=True)]
+    shown = ", ".join(texts)
     option(
         flag, type=kind, default=argparse.SUPPRESS, metavar=name.upper(), help=f"{text} (default: {shown})", **keywords
     )
