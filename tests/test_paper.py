@@ -410,6 +410,16 @@ def test_the_published_variant_is_the_released_code_s(model: str) -> None:
         a, b = (y + dt / 6 * (p + 2 * q + 2 * r + s) for y, p, q, r, s in zip((a, b), k1, k2, k3, k4, strict=True))
     k = clip(torch.tensor(2**-1.5 * math.exp(1.0), dtype=torch.float64))
     torch.testing.assert_close(layer(h), k * a)
+    solver = {"gate": "hardtanh:0.5", "xi": xi, "method": "rk4", "step_size": 0.25}
+    features, speed = Evolution(model, field, **solver)(h, velocity(h))
+    dh = k * (b - (3 / 2 * 2**0.5 * math.exp(-1.0) - 1 / 2 * 1 / k) * (k * a))
+    torch.testing.assert_close(features, k * a)
+    torch.testing.assert_close(speed, dh)
+    path = Evolution(model, field, **solver).path(h, velocity(h), torch.tensor([1.0, 1.5, 2.0], dtype=torch.float64))
+    for got, first, last in zip(path, (h, velocity(h)), (k * a, dh), strict=True):
+        torch.testing.assert_close(got[0], first)
+        torch.testing.assert_close(got[-1], last)
+    torch.testing.assert_close(layer(h, t=[1.0, 1.5, 2.0]), path[0])
 
 
 @pytest.mark.parametrize("model", [model for model in PAPER if model not in ("NODE", "ANODE")])

@@ -183,8 +183,8 @@ class PublishedField(nn.Module):
 
         m  = ((r/(2t) - 1/2) h + d) / k,     h' = σ(m),     d' = -σ(f(t, h)) - m - ξ h
 
-    The right-hand side is that of (x, m), given out as the derivative of (h, d). The factor σ(k(T)) is applied to the
-    result all the same; see `PublishedLayer`.
+    The right-hand side is that of (x, m), given out as the derivative of (h, d). What comes out is taken for (x, m) all
+    the same, and made to features; see `outputs`.
 
     Args:
         field: f(t, h).
@@ -207,9 +207,17 @@ class PublishedField(nn.Module):
         xi = self.fixed_xi if self.raw_xi is None else nn.functional.softplus(self.raw_xi)
         return torch.cat([self.gate(m), force - xi * h], dim=1)
 
-    def output_factor(self, t: Tensor) -> Tensor:
-        """σ(k(t)), which the released code multiplies the state at every time after the first with."""
-        return self.gate(damped_scale(t, self.factor))
+    def outputs(self, t: Tensor, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """What the released code makes of the state at a time after the first, with κ = σ(k(t)):
+
+            κ h,     κ (d - (r/(2 t k) - 1/(2 κ)) κ h)
+
+        `t` is 0-d, or broadcasts with the state.
+        """
+        k = damped_scale(t, self.factor)
+        kappa = self.gate(k)
+        out = kappa * h
+        return out, kappa * (d - (0.5 * self.factor / (t * k) - 0.5 / kappa) * out)
 
 
 class PublishedLayer(nt.NODE):
@@ -225,9 +233,10 @@ class PublishedLayer(nt.NODE):
         times = self._times(t).to(h)
         assert isinstance(self.field, PublishedField)
         if len(times) == 2:
-            return self.field.output_factor(times[-1]) * states.chunk(2, dim=1)[0]
-        factors = torch.cat([torch.ones_like(times[:1]), self.field.output_factor(times[1:])])
-        return factors.view(-1, *[1] * h.ndim) * states.chunk(2, dim=2)[0]
+            return self.field.outputs(times[-1], *states.chunk(2, dim=1))[0]
+        hs, ds = states.chunk(2, dim=2)
+        later = times[1:].view(-1, *[1] * h.ndim)
+        return torch.cat([hs[:1], self.field.outputs(later, hs[1:], ds[1:])[0]])
 
 
 class Evolution(nn.Module):
@@ -284,7 +293,7 @@ class Evolution(nn.Module):
         if not isinstance(field, PublishedField):
             return self._solve(right_hand_side, h), None
         h, d = self._solve(right_hand_side, torch.cat([h, m], dim=1)).chunk(2, dim=1)
-        return field.output_factor(end.to(h)) * h, d
+        return field.outputs(end.to(h), h, d)
 
     def path(self, h: Tensor, velocity: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
         """(h, h') at all of `times`, [n, batch, ...] each; no h' for a first-order system.
@@ -300,8 +309,9 @@ class Evolution(nn.Module):
             return cast(Tensor, nt.solve(system, h, times, **self.solver).ys), None
         solution = nt.solve(system, torch.cat([h, velocity], dim=1), times, **self.solver)
         hs, ds = cast(Tensor, solution.ys).chunk(2, dim=2)
-        factors = torch.cat([torch.ones_like(times[:1]), field.output_factor(times[1:])]).to(hs)
-        return factors.view(-1, *[1] * h.ndim) * hs, ds
+        later = times[1:].to(hs).view(-1, *[1] * h.ndim)
+        made = field.outputs(later, hs[1:], ds[1:])
+        return torch.cat([hs[:1], made[0]]), torch.cat([ds[:1], made[1]])
 
     def _solve(self, system: Any, state: Any) -> Any:
         params = (system.scale,) if isinstance(system, Scaled) and system.scale.requires_grad else ()
