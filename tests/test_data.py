@@ -234,9 +234,9 @@ def test_walker_windows_are_the_published_ones() -> None:
                 xs.append(x[start : start + 64])
                 ys.append(y[start : start + 64])
                 ts.append(t[start : start + 64])
-        torch.testing.assert_close(split.inputs[..., :17], torch.tensor(np.array(xs), dtype=torch.float32))
-        torch.testing.assert_close(split.inputs[..., 17] * 64, torch.tensor(np.array(ts), dtype=torch.float32))
-        torch.testing.assert_close(split.targets, torch.tensor(np.array(ys), dtype=torch.float32))
+        torch.testing.assert_close(split.inputs[..., :17], torch.tensor(np.array(xs)))
+        torch.testing.assert_close(split.inputs[..., 17] * 64, torch.tensor(np.array(ts), dtype=torch.float64))
+        torch.testing.assert_close(split.targets, torch.tensor(np.array(ys)))
 
 
 def test_an_archive_of_something_else_is_told(tmp_path: Path) -> None:

@@ -105,9 +105,9 @@ def tiny(name: str) -> Callable[[int, Path], tuple[Split, Split]]:
             train, test = point_cloud.load(seed)
             return Split(train.inputs[38:42], train.targets[38:42]), test.first(2)
         if name == "walker2d":
-            inputs = torch.randn(6, 3, 18, generator=generator)
+            inputs = torch.randn(6, 3, 18, dtype=torch.float64, generator=generator)
             inputs[..., 17] = torch.randint(1, 4, (6, 3), generator=generator) / 64
-            whole = Split(inputs, torch.randn(6, 3, 17, generator=generator))
+            whole = Split(inputs, torch.randn(6, 3, 17, dtype=torch.float64, generator=generator))
         else:
             shape = (6, 1, 28, 28) if name == "mnist" else (6, 3, 32, 32)
             pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -314,7 +314,7 @@ def test_walker_gradients_are_those_of_backpropagation(model: str, gradient: str
     for strategy in ("backprop", gradient):
         torch.manual_seed(0)
         settings = replace(walker2d.DEFAULTS, gradient=strategy, tolerance=1e-9)
-        network = walker2d.OdeRnn(model, settings).double()
+        network = walker2d.build(model, settings)
         seen = inputs.clone().requires_grad_()
         found.append(torch.autograd.grad(network(seen).square().mean(), [seen, *network.parameters()]))
     tolerance = 1e-9 if gradient == "discrete" else 1e-6
@@ -327,7 +327,7 @@ def test_walker_gradients_are_those_of_backpropagation(model: str, gradient: str
 @pytest.mark.parametrize("model", PAPER)
 def test_walker_predictions_see_their_own_input_and_none_after(model: str) -> None:
     torch.manual_seed(0)
-    network = walker2d.OdeRnn(model, replace(walker2d.DEFAULTS, method="rk4", step_size=0.5)).double()
+    network = walker2d.build(model, replace(walker2d.DEFAULTS, method="rk4", step_size=0.5))
     inputs = torch.rand(1, 4, 18, dtype=torch.float64).requires_grad_()
     for i, prediction in enumerate(network(inputs)[0]):
         (gradient,) = torch.autograd.grad(prediction.sum(), inputs, retain_graph=True)

@@ -33,7 +33,7 @@ SHUFFLE_SEED, DROP_SEED = 125487, 891374
 @lru_cache(maxsize=1)
 def load(folder: Path) -> tuple[Split, Split, Split]:
     """(train, validation, test): inputs [n, 64, 18], the state and the time since the last one in 64ths; targets
-    [n, 64, 17], the next states.
+    [n, 64, 17], the next states; all float64.
 
     Raises:
         CommandError: the archive is missing or damaged.
@@ -82,5 +82,5 @@ def windows(rollouts: list[Any], generator: Any) -> Split:
         for start in range(0, len(kept) - WINDOW, STRIDE):
             inputs.append(seen[start : start + WINDOW])
             targets.append(rollout[kept[start : start + WINDOW] + 1])
-    seen, following = (torch.tensor(np.array(each), dtype=torch.float32) for each in (inputs, targets))
+    seen, following = (torch.tensor(np.array(each), dtype=torch.float64) for each in (inputs, targets))
     return Split(seen, following)
