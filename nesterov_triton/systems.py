@@ -228,6 +228,11 @@ class Momentum(System):
         return self.rule.coefficients(t, damping, xi)
 
     @property
+    def follows_rule(self) -> bool:
+        """Whether `rule` says all about the factors: not where a subclass has its own."""
+        return type(self).coefficients is Momentum.coefficients
+
+    @property
     def rule(self) -> Rule:
         """All that is constant about the right-hand side."""
         return Rule(self.nesterov, self.exact, self.damped, self.residual, self.sign, self.gate_x, self.gate_f)

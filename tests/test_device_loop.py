@@ -303,6 +303,24 @@ def test_what_needs_the_eager_loop_is_said_once(options, why):
         layer(h)
 
 
+class Slower(nt.systems.Momentum):
+    """Half the scale."""
+
+    def coefficients(self, t, damping, xi):
+        c = super().coefficients(t, damping, xi)
+        return c._replace(scale=0.5 * c.scale)
+
+
+def test_a_system_with_factors_of_its_own_takes_the_eager_loop():
+    state = (features(3, 2), torch.zeros(3, 2, dtype=F64))
+    eager = nt.solve(Slower(Field(), nesterov=True), state, (1.0, 2.0), loop="eager")
+    with pytest.warns(RuntimeWarning, match="factors of its own"):
+        found = nt.solve(Slower(Field(), nesterov=True), state, (1.0, 2.0), loop="graph")
+    assert torch.equal(found.final[0], eager.final[0])
+    other = nt.solve(nt.systems.Momentum(Field(), nesterov=True), state, (1.0, 2.0))
+    assert not torch.allclose(found.final[0], other.final[0])
+
+
 def test_backward_passes_that_need_the_eager_loop():
     h = features(3, 2)
     t = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)

@@ -106,7 +106,7 @@ def run(
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def without_donation() -> bool:
-    """From here on no backward graph overwrites tensors that were saved for it. Runs in Python, while a solve is traced.
+    """From here on no backward graph overwrites tensors that were saved for it. Runs in Python, while tracing.
 
     Inductor before pytorch#193960 takes the numbers of those that a graph may overwrite for numbers of a loop's inputs,
     too: a loop in a backward pass then overwrites what is still in use, and gradients are silently wrong. There is no
@@ -184,6 +184,11 @@ def _rule(system: System) -> tuple[Rule | None, tuple[float, float]]:
     """A momentum system's rule, and γ and ξ where they are fixed."""
     if not isinstance(system, Momentum):
         return None, (0.0, 0.0)
+    if not system.follows_rule:
+        raise RuntimeError(
+            f"{type(system).__name__} has factors of its own, which torch.compile cannot trace: leave the layer outside "
+            "of the compiled region (torch.compiler.disable)"
+        )
     sign, damping, xi, bound_x, bound_f = numbers(system)
     rule = system.rule
     gate_x, gate_f = _gate(rule.gate_x, bound_x), _gate(rule.gate_f, bound_f)
