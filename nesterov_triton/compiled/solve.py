@@ -186,8 +186,8 @@ def _rule(system: System) -> tuple[Rule | None, tuple[float, float]]:
         return None, (0.0, 0.0)
     if not system.follows_rule:
         raise RuntimeError(
-            f"{type(system).__name__} has factors of its own, which torch.compile cannot trace: leave the layer outside "
-            "of the compiled region (torch.compiler.disable)"
+            f"{type(system).__name__} has factors of its own, which torch.compile cannot trace: leave the layer "
+            "outside of the compiled region (torch.compiler.disable)"
         )
     sign, damping, xi, bound_x, bound_f = numbers(system)
     rule = system.rule
