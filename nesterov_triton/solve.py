@@ -171,9 +171,9 @@ def solve(
         max_steps: attempted steps allowed.
         loop: "eager" decides about every step in Python, which takes one look at the device a step. "graph" decides on
             the device: one attempted step, the field included, is captured once as a CUDA graph and replayed, and the
-            host waits for none of them. "auto" is "graph" on a CUDA device from the second solve of a kind on (same
-            field, shape, dtype, method), where it can be had. What prevents it is in `Stats.loop`, and warned of once.
-            On a CPU "graph" takes the same decisions the same way, without a graph.
+            host waits for none of them. What prevents that is in `Stats.loop`, and warned of once. On a CPU "graph"
+            takes the same decisions the same way, without a graph. "auto" is "eager" until graphs have been run on a
+            GPU.
         params: tensors that f uses and that need gradients, beyond the parameters of an `nn.Module`.
         throw: raise on failure; otherwise the solution says so in its status.
 

@@ -136,13 +136,15 @@ def _solve_back(
     path = problem.backward_path(objection)
     given = problem, flow, states, cotangents, wants_times
     like = torch.cat((states[0], states[0]))
+    grads = flow.coefficient_grads
+    own = problem.flow_back(time_grads=False, coefficient_grads=grads, aliased=problem.z.device.type == "cuda")
 
-    def fused() -> FusedAdjoint:
+    def fused(flow: Flow) -> FusedAdjoint:
         kind = FusedFirstOrderAdjoint if flow.rows == 1 else FusedMomentumAdjoint
         return kind(problem.tableau, flow, problem.tolerance, Totals(flow))
 
     def solve(loop: DeviceLoop) -> Cotangent:
-        loop.bind(flow)
+        loop.bind(own)
         stepper = cast(FusedAdjoint, loop.stepper)
         progress = Progress()
 
@@ -152,21 +154,21 @@ def _solve_back(
 
         adjoint, of_times = _back(*given, advance)
         stepper.finish()
-        totals = Totals(flow)
+        totals = Totals(own)
         totals.take(stepper.totals)
         return adjoint, of_times, totals
 
     found = on_device(
-        problem, flow, "adjoint", (flow.coefficient_grads, len(states) > 2), states[-1], float(problem.times[-1]),
-        objection or "", lambda: DeviceLoop(fused(), 2 * flow.rows, like), solve,
-        lambda done: [done[0], *done[2].params],
+        problem, own, "adjoint", (grads, len(states) > 2), states[-1], float(problem.times[-1]), objection or "",
+        lambda: DeviceLoop(fused(own), 2 * flow.rows, like), solve, lambda done: [done[0], *done[2].params],
     )  # fmt: skip
+    flow.network.evaluations += own.network.evaluations
     if found is not None:
         return found
     stepper: Stepper
     quadratures: FusedAdjoint | _AdjointDynamics
     if path.kernels:
-        stepper = quadratures = fused()
+        stepper = quadratures = fused(flow)
     else:
         dynamics = quadratures = _AdjointDynamics(flow, problem.tableau, Totals(flow), states[0], objection is not None)
         kind = _WithQuadratures if objection else ExplicitRK

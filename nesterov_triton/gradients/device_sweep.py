@@ -24,7 +24,7 @@ class DeviceSweep:
         like: a state, [D].
 
     Attributes:
-        parts, used: as `DeviceLoop`'s.
+        replays, used: as `DeviceLoop`'s.
     """
 
     def __init__(self, sweep: FusedSweep, like: Tensor) -> None:
@@ -38,7 +38,7 @@ class DeviceSweep:
         self._numbers = torch.zeros(SLOTS + SETTINGS, dtype=torch.float64, device=like.device)
         self._attempted = torch.zeros(SLOTS, dtype=torch.float64, device=like.device)
         self.z, self.adjoint = torch.zeros_like(like), torch.zeros_like(like)
-        self.parts: dict[str, Callable[[], None]] = {"step": self._step}
+        self.replays: dict[str, Callable[[], None]] = {}
         self.used: set[str] = set()
         self._cost = 0
 
@@ -49,6 +49,10 @@ class DeviceSweep:
     def release(self) -> None:
         """Hold nothing of the backward pass that is over."""
         self.sweep.release()
+
+    def part(self, name: str) -> Callable[[], None]:
+        """The one there is, a step."""
+        return self._step
 
     def run(
         self,
@@ -87,7 +91,7 @@ class DeviceSweep:
             self.z.copy_(starts[i])
             self._numbers.copy_(numbers[i])
             before = network.evaluations
-            self.parts["step"]()
+            self.replays.get("step", self._step)()
             self.used.add("step")
             network.evaluations = before + self._cost  # a replay is not seen
         sweep.finish()

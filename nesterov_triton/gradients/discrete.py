@@ -128,23 +128,25 @@ def _on_device(
     cotangents: Sequence[Tensor | None],
 ) -> Cotangent | None:
     """The same by a sweep that can be captured; None where the steps are to be taken one by one."""
-    times = problem.times.tolist()
+    times, grads = problem.times.tolist(), flow.coefficient_grads
+    own = problem.flow_back(time_grads=False, coefficient_grads=grads, aliased=problem.z.device.type == "cuda")
 
     def make() -> DeviceSweep:
-        kind = FusedFirstOrderSweep if flow.rows == 1 else FusedMomentumSweep
-        return DeviceSweep(kind(problem.tableau, flow, times), starts[0])
+        kind = FusedFirstOrderSweep if own.rows == 1 else FusedMomentumSweep
+        return DeviceSweep(kind(problem.tableau, own, times), starts[0])
 
     def solve(loop: DeviceSweep) -> Cotangent:
-        loop.bind(flow, times)
+        loop.bind(own, times)
         adjoint = loop.run(spans, starts, cotangents)
-        totals = Totals(flow)
+        totals = Totals(own)
         totals.take(loop.sweep.totals)
         return adjoint, None, totals
 
     found = on_device(
-        problem, flow, "reverse sweep", flow.coefficient_grads, starts[0], spans[0][0], objection or "", make, solve,
+        problem, own, "reverse sweep", grads, starts[0], spans[0][0], objection or "", make, solve,
         lambda done: [done[0], *done[2].params],
     )  # fmt: skip
+    flow.network.evaluations += own.network.evaluations
     return found
 
 

@@ -130,6 +130,10 @@ class FusedAdjoint:
         z1 = self._step(packet, z)
         return Attempt(z1, self._error, _rows(self._slopes[-1]) if self.tableau.fsal else [])
 
+    def starts(self) -> list[Tensor]:
+        """The slope that the attempt just made started with."""
+        return _rows(self._slopes[0])
+
     def commit(self, decided: Tensor, attempt: Tensor) -> None:
         """The attempt just made has been decided about: if it was accepted, its quadratures are added."""
         sums, following = self.quadratures.sums, self.quadratures.following

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from contextlib import nullcontext
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from nesterov_triton import transforms
 from nesterov_triton.flow import Flow
+from nesterov_triton.gradients.leaves import unseen_leaves
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.stepping import graphs
 from nesterov_triton.stepping.controllers import PI, Integral
@@ -17,13 +19,14 @@ from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
 from nesterov_triton.systems import Momentum
 
 R = TypeVar("R")
+AUTO = False  # whether loop="auto" chooses graphs, from the second solve of a kind on
 CALLED = "device: attempts are called one by one, for a CPU has no graphs"
 
 
 def on_device(
     problem: Problem,
     flow: Flow,
-    kind: str,
+    kind: Literal["forward", "adjoint", "reverse sweep"],
     detail: Hashable,
     z: Tensor,
     t: float,
@@ -43,58 +46,84 @@ def on_device(
         solve: solves by it; may be called twice, for the same.
         results: what of the result is compared when a graph is new.
     """
-
-    def say(what: str) -> None:
-        setattr(problem.stats, "loop" if kind == "forward" else "loop_backward", what)
-
-    def eager(reason: str) -> None:
-        if problem.loop == "graph" or (problem.loop == "auto" and reason.startswith("the field")):
-            graphs.warn_once(reason)
-        say("eager" if problem.loop == "eager" else f"eager: {reason}")
-
     objection = objection or _objection(problem)
-    if objection:
-        eager(objection)
-        return None
-    cuda = problem.z.device.type == "cuda"
-    key: tuple[Hashable, ...] = (graphs.identity(problem.system.field), kind, detail, *_key(problem))
-    if cuda:
-        seen, reason = graphs.signature(flow.network, *_sample(flow, z, t))
-        if reason:
-            eager(reason)
-            return None
-        key += (graphs.own_tensors(problem.system.field), seen)
-    entry = graphs.LOOPS.get(key, problem.system.field)
-    entry.uses += 1
-    if entry.reason:
-        eager(entry.reason)
-        return None
-    if problem.loop == "auto" and entry.uses < 2:
-        say("eager: the first of its kind; the next one is captured")
-        return None
+    device, forward = problem.z.device, kind == "forward"
+    cuda = device.type == "cuda"
     found: R | None = None
-    with graphs.LOOPS.borrow(entry) as free:
-        if not free:
-            say("eager: the captured loop is in use")
-            return None
-        graphs.LOOPS.keep(entry, make)
-        before = flow.network.evaluations
-
-        def again() -> R:
-            flow.network.evaluations = before
-            return solve(entry.loop)
-
-        say("graph" if cuda else CALLED)
+    with torch.cuda.device(device) if cuda else nullcontext():
         try:
-            found = graphs.by_graph(entry, again, results) if cuda else again()
-        except (Overwritten, RuntimeError) as error:
-            if not is_overwritten(error):
-                raise
-            flow.network.evaluations = before
-            entry.reason = "the field returns memory that it has returned before (a captured graph's, perhaps)"
-        if entry.reason:
-            eager(entry.reason)
+            if objection:
+                raise graphs.Unfit(objection)
+            field = problem.system.field
+            key: tuple[Hashable, ...] = (graphs.identity(field), kind, detail, *_key(problem))
+            if cuda:
+                params = None if forward else flow.params
+                seen = graphs.signature(flow.network, *_sample(flow, z, t), params=params)
+                if params and unseen(flow, *_sample(flow, z, t)):
+                    raise graphs.Unfit("the field reads its parameters otherwise than as attributes, or other tensors")
+                key += (graphs.own_tensors(field), graphs.switches(), seen)
+            entry = graphs.LOOPS.get(key, field)
+            entry.uses += 1
+            if entry.reason:
+                raise graphs.Unfit(entry.reason)
+            if problem.loop == "auto" and entry.uses < 2:
+                raise graphs.Unfit("the first of its kind; the next one is captured")
+            with graphs.LOOPS.borrow(entry) as free:
+                _say(problem, forward, ("graph" if cuda else CALLED) if free else "eager: the captured loop is in use")
+                if free:
+                    found = _solve(problem, flow, entry, forward, make, solve, results)
+        except graphs.Unfit as reason:
+            if problem.loop == "graph":
+                graphs.warn_once(str(reason))
+            _say(problem, forward, "eager" if problem.loop == "eager" else f"eager: {reason}")
     return found
+
+
+def _solve(
+    problem: Problem,
+    flow: Flow,
+    entry: graphs.Entry,
+    forward: bool,
+    make: Callable[[], Any],
+    solve: Callable[[Any], R],
+    results: Callable[[R], Sequence[Tensor]],
+) -> R | None:
+    graphs.LOOPS.keep(entry, make)
+    before = flow.network.evaluations
+
+    def again() -> R:
+        flow.network.evaluations = before
+        return solve(entry.loop)
+
+    try:
+        if problem.z.device.type == "cuda":
+            found = graphs.by_graph(entry, problem.z.device, again, results)
+            if entry.reason:
+                graphs.warn_once(entry.reason)
+                _say(problem, forward, f"eager: {entry.reason}")
+            return found
+        return again()
+    except (Overwritten, RuntimeError) as error:
+        if not is_overwritten(error):
+            raise
+        flow.network.evaluations = before
+        entry.refuse("the field returns memory that it has returned before (a captured graph's, perhaps)")
+        raise graphs.Unfit(entry.reason) from None
+
+
+def unseen(flow: Flow, t: Tensor, *features: Tensor) -> bool:
+    """Whether the field uses leaves that a backward pass would not see."""
+    before = flow.network.evaluations
+    evaluation = flow.network.taped(t, *features)
+    flow.network.evaluations = before
+    return bool(unseen_leaves(evaluation.u, (*evaluation.leaves, *flow.params)))
+
+
+def _say(problem: Problem, forward: bool, what: str) -> None:
+    if forward:
+        problem.stats.loop = what
+    else:
+        problem.stats.loop_backward = what
 
 
 def _objection(problem: Problem) -> str:
@@ -104,6 +133,8 @@ def _objection(problem: Problem) -> str:
         return "loop='eager'"
     if problem.loop == "auto" and problem.z.device.type != "cuda":
         return f"the state is on the {problem.z.device.type.upper()}"
+    if problem.loop == "auto" and not AUTO:
+        return "graphs have not been run on a GPU yet; loop='graph' asks for one"
     if problem.z.device.type != "cpu" and not problem.path().kernels:
         return problem.path().reason
     if isinstance(problem.system, Momentum) and not problem.system.follows_rule:

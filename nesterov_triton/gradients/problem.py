@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from nesterov_triton import kernels
 from nesterov_triton.flow import Flow
@@ -16,7 +18,7 @@ from nesterov_triton.network import Network
 from nesterov_triton.status import Stats
 from nesterov_triton.stepping.loop import LoopOptions
 from nesterov_triton.stepping.stepper import Tolerance
-from nesterov_triton.systems import System
+from nesterov_triton.systems import Field, System
 from nesterov_triton.tableaus import Tableau
 
 
@@ -56,15 +58,27 @@ class Problem:
         """The system bound to this solve; `watch` and `on_output` as for `Network`."""
         return Flow(self.system, self._network(watch, on_output), self.scalars, self.params)
 
-    def flow_back(self, *, time_grads: bool, coefficient_grads: bool) -> Flow:
-        """The same for a backward pass: on leaves in place of the scalars, with the cotangents that are wanted."""
+    def flow_back(self, *, time_grads: bool, coefficient_grads: bool, aliased: bool = False) -> Flow:
+        """The same for a backward pass: on leaves in place of the scalars, with the cotangents that are wanted.
+
+        With `aliased` the field's parameters are leaves of their own as well, on the same memory: what autograd knows
+        of the real ones, such as the stream they were first used on, has no place in a graph that is captured.
+        """
         leaves = {name: value.detach().requires_grad_() for name, value in self.scalars.items()}
         wanted = {"time_grads": time_grads, "coefficient_grads": coefficient_grads}
-        return Flow(self.system, self._network(), leaves, self.params, **wanted)
+        if not aliased or not isinstance(self.system.field, nn.Module):
+            return Flow(self.system, self._network(), leaves, self.params, **wanted)
+        field = Aliased(self.system.field)
+        return Flow(self.system, self._network(field=field), leaves, field.of(self.params), **wanted)
 
-    def _network(self, watch: bool = False, on_output: Callable[[Tensor], object] | None = None) -> Network:
-        z = self.z
-        return Network(self.system.field, self.shape, z.dtype, z.device, self.autocast, watch, on_output)
+    def _network(
+        self,
+        watch: bool = False,
+        on_output: Callable[[Tensor], object] | None = None,
+        field: Field | None = None,
+    ) -> Network:
+        z, field = self.z, self.system.field if field is None else field
+        return Network(field, self.shape, z.dtype, z.device, self.autocast, watch, on_output)
 
     def path(self) -> Path:
         """What does the elementwise work of this solve, unless autograd is to see all of it."""
@@ -90,6 +104,29 @@ class Problem:
     def differentiable(self) -> bool:
         """Whether anything needs a gradient here and now."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.inputs)
+
+
+class Aliased:
+    """A field on other leaves in place of its parameters, with the same memory. One call at a time."""
+
+    _lock = threading.RLock()  # for the parameters are changed while it runs
+
+    def __init__(self, field: nn.Module) -> None:
+        self.field = field
+        self._alias = {
+            name: p.detach().requires_grad_(p.requires_grad)
+            for name, p in field.named_parameters(remove_duplicate=True)
+        }
+
+    def __call__(self, t: Tensor, *features: Tensor) -> Tensor:
+        with self._lock:
+            found: Tensor = functional_call(self.field, self._alias, (t, *features), tie_weights=True)
+            return found
+
+    def of(self, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Those that stand for `params`; a tensor that is none of the field's stands for itself."""
+        own = {id(p): self._alias[name] for name, p in self.field.named_parameters(remove_duplicate=True)}
+        return tuple(own.get(id(p), p) for p in params)
 
 
 def parameters(field: Callable[..., Tensor]) -> tuple[Tensor, ...]:

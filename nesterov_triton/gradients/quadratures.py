@@ -69,8 +69,17 @@ class ParameterQuadratures:
 
     def _scaled(self, found: Sequence[Tensor | None], weight: float) -> list[Tensor]:
         """weight · found, in memory of its own and in at least float32; where None stands for zeros."""
-        full = zip(self.totals.params, found, strict=True)
-        return list(torch._foreach_mul([torch.zeros_like(p) if g is None else g.to(p.dtype) for p, g in full], weight))
+        full = [_like(p, g) for p, g in zip(self.totals.params, found, strict=True)]
+        return list(torch._foreach_mul(full, weight))
 
     def _is_next(self, i: int) -> bool:
         return self.tableau.fsal and i == self.tableau.stages - 1
+
+
+def _like(total: Tensor, found: Tensor | None) -> Tensor:
+    """`found` in the dtype of `total`, and with its strides, for kernels that see bare memory."""
+    if found is None:
+        return torch.zeros_like(total)
+    if found.stride() != total.stride():
+        return torch.empty_like(total).copy_(found)
+    return found.to(total.dtype)

@@ -4,14 +4,15 @@ The same steps as `loop`, decided by `ops.control`. All that an attempt reads an
 to attempt and from solve to solve, so that an attempt can be captured once, as a CUDA graph, and replayed. On a CPU it
 is simply called.
 
-The device reports: after every attempt control is copied to pinned memory, which the host looks at, without a call to
-the driver, to see how many attempts are done and whether the solve is. It launches as many as the last solve took, and
-then one at a time. An attempt launched after the end changes nothing.
+The device reports: after every attempt control is copied to pinned memory, which the host looks at to see how many
+attempts are done and whether the solve is. It launches some ahead, as many as the last solve took in all, and then one
+at a time. An attempt launched after the end changes nothing. What is seen is a hint; the end is read.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import struct
 import time
@@ -38,6 +39,7 @@ FAILURES = {
     control.NON_FINITE: Status.NON_FINITE,
 }
 TAPE_BYTES = 64 * 2**20  # of a tape, which holds at least 4 and at most 64 steps
+AHEAD = 8  # attempts launched and not done, at most
 SHORT = 2e-4  # seconds; a shorter attempt is launched while the one before is still under way
 
 
@@ -58,6 +60,8 @@ class DeviceStepper(Protocol):
     def attempt(self, packet: Packet, z: Tensor, first: Sequence[Tensor]) -> Attempt: ...
 
     def emit(self, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None: ...
+
+    def starts(self) -> list[Tensor]: ...
 
     def commit(self, decided: Tensor, attempt: Tensor) -> None: ...
 
@@ -96,6 +100,14 @@ class Report:
     def attempts(self) -> int:
         return self.accepted + self.rejected
 
+    @classmethod
+    def of(cls, a: Sequence[float]) -> Report:
+        """From the numbers of a control."""
+        return cls(
+            a[Slot.T], a[Slot.DT], int(a[Slot.STATUS]), int(a[Slot.ACCEPTED]), int(a[Slot.REJECTED]),
+            int(a[Slot.OUTPUT]), int(a[Slot.TAPED]), a[Slot.H],
+        )  # fmt: skip
+
 
 class DeviceLoop:
     """Attempted steps of one method on states of one size, all in memory of their own.
@@ -108,7 +120,7 @@ class DeviceLoop:
         taped: whether every accepted step's start is kept.
 
     Attributes:
-        parts: what is called again and again; a captured function may be put in the place of each.
+        replays: what is called in the place of a part that has been captured, by name.
         used: the parts that have been called.
         spent: evaluations of the field in the last solve.
     """
@@ -150,9 +162,7 @@ class DeviceLoop:
         self._stages = StageMemory.of(len(self._nodes), like)
         self._trial_stages = StageMemory.of(2, like)
 
-        self.parts: dict[str, Callable[[], None]] = {
-            "attempt": self._attempt, "begin": self._start, "begin and choose": lambda: self._start(choose=True),
-        }  # fmt: skip
+        self.replays: dict[str, Callable[[], None]] = {}
         self.used: set[str] = set()
         self._costs: dict[str, int] = {}  # evaluations of the field in each part
         self.spent = 0
@@ -170,6 +180,18 @@ class DeviceLoop:
         """Hold nothing of the solve that is over."""
         self.stepper.release()
 
+    def part(self, name: str) -> Callable[[], None]:
+        """What is called again and again: "attempt", "begin" or "begin and choose"."""
+        return {"attempt": self._attempt, "begin": self._start}.get(name, lambda: self._start(choose=True))
+
+    def _call(self, name: str) -> None:
+        self.used.add(name)
+        replay = self.replays.get(name)
+        if replay is None:
+            self.part(name)()
+        else:
+            replay()
+
     # -- on the device -------------------------------------------------------------------------------------------------
 
     def _attempt(self) -> None:
@@ -184,6 +206,10 @@ class DeviceLoop:
             if self.requested is not None:
                 control.weigh(self.attempted, done.error, self.requested, self._weights, self._span, stepper.tableau)
                 stepper.emit(self.z, self._weights, self.outputs, self._span)
+            if adaptive and not self._first:
+                # Where the slope at the start is not carried, whether it is finite is seen here.
+                fit = torch.stack([torch.isfinite(x).all() for x in stepper.starts()]).all()
+                self.attempted[Slot.FIRST_FINITE].copy_(fit)
             kept, new = [*self._rows, *self._first], [*done.z.view(len(self._rows), -1).unbind(0), *done.last]
             control.end(
                 self.attempted, self.decided, self.setting, done.error, self.requested, kept, new, self.tape,
@@ -203,8 +229,9 @@ class DeviceLoop:
         slope, first = stepper.derivative(self._trial_stages.packet, self.z, True)
         with torch.no_grad():
             if self._slope is None:
-                self._slope = torch.empty_like(slope)
-                self._first = [torch.empty_like(x) for x in first] if stepper.tableau.fsal else []
+                with torch.inference_mode(False):  # it outlives this solve
+                    self._slope = torch.empty_like(slope)
+                    self._first = [torch.empty_like(x) for x in first] if stepper.tableau.fsal else []
             self._slope.copy_(slope)
             for kept, x in zip(self._first, first, strict=False):
                 kept.copy_(x)
@@ -227,7 +254,8 @@ class DeviceLoop:
             known = torch.isfinite(d0) & torch.isfinite(d1)
             small = ~known | (d0 < 1e-5) | (d1 < 1e-5)
             h0 = torch.minimum(torch.where(small, 1e-6, 0.01 * d0 / d1), span)
-            trial = z + (sign * h0).to(z.dtype) * first
+            wide = torch.promote_types(z.dtype, torch.float32)
+            trial = (z.to(wide) + (sign * h0).to(wide) * first.to(wide)).to(z.dtype)
             self._trial.copy_(self.decided)
             self._trial[Slot.T].copy_(torch.where(h0 < span, t + sign * h0, goal))
             self._trial[Slot.DT].zero_()
@@ -296,8 +324,7 @@ class DeviceLoop:
         self.spent = 0
         if tableau.fsal or chosen:
             name = "begin and choose" if chosen else "begin"
-            self.parts[name]()
-            self.used.add(name)
+            self._call(name)
             self.spent = self._costs[name]
 
     def run(self, unload: Callable[[int], None] | None = None) -> Report:
@@ -313,46 +340,53 @@ class DeviceLoop:
         ahead = int(self._event is not None and self._seconds < SHORT)
         begun = time.perf_counter()
         while True:
-            report = self._look()
-            finished = 0 if report is None else report.attempts
-            if report is not None:
-                if report.status != control.RUNNING or report.t == self._end:
-                    self._expected = max(finished, 1)
-                    self._seconds = (time.perf_counter() - begun) / self._expected
-                    # What was launched after the end was for nothing, and does not count.
-                    self.spent += finished * self._costs["attempt"]
-                    if unload is not None:
-                        unload(report.taped)
-                    return report
-                if unload is not None and report.taped == self.capacity and finished > unloaded:
-                    unload(report.taped)
-                    self.decided[Slot.TAPED].zero_()
-                    unloaded = launched = finished
-            if launched < max(self._expected, finished + 1 + ahead):
-                self.parts["attempt"]()
-                self.used.add("attempt")
+            seen = self._look()
+            finished = 0 if seen is None else seen.attempts
+            if seen is not None:
+                over = seen.status != control.RUNNING or seen.t == self._end
+                full = unload is not None and seen.taped == self.capacity and finished > unloaded
+                if over or full:  # as far as was seen; what counts is read when all launched is done
+                    seen = self._read()
+                    finished = seen.attempts
+                    if seen.status != control.RUNNING or seen.t == self._end:
+                        if seen.status == control.RUNNING:
+                            self._expected = max(finished, 1)
+                            self._seconds = (time.perf_counter() - begun) / self._expected
+                        # What was launched after the end was for nothing, and does not count.
+                        self.spent += finished * self._costs["attempt"]
+                        if unload is not None:
+                            unload(seen.taped)
+                        return seen
+                    if unload is not None and seen.taped == self.capacity:
+                        unload(seen.taped)
+                        self.decided[Slot.TAPED].zero_()
+                        unloaded = launched = finished
+            limit = max(min(self._expected, finished + AHEAD), finished + 1 + ahead)
+            if unload is not None:  # behind a full tape an attempt is for nothing
+                limit = min(limit, unloaded + self.capacity)
+            if launched < max(limit, finished + 1):
+                self._call("attempt")
                 launched += 1
                 if self._event is not None:
                     self._event.record()
             elif self._event is not None:
                 # A query raises where the device has failed.
-                if self._event.query() and self._look() == report:
+                if self._event.query() and self._look() == seen:
                     raise RuntimeError("the device has finished the attempts launched and reports nothing of them")
                 time.sleep(0)
 
+    def _read(self) -> Report:
+        """What the device has decided, when it has done all that was launched."""
+        return Report.of(self.decided.tolist())
+
     def _look(self) -> Report | None:
-        """What the device has reported of this solve last, if anything."""
+        """What the device has reported of this solve last, if anything; a hint, for it may be half written."""
         while True:
             seen, again = bytes(self._values), bytes(self._values)
-            if seen == again:  # not while it is being written
+            if seen == again:
                 break
-        a = struct.unpack(f"{SLOTS}d", seen)
-        if a[Slot.SOLVE] != self._solves:
-            return None
-        return Report(
-            a[Slot.T], a[Slot.DT], int(a[Slot.STATUS]), int(a[Slot.ACCEPTED]), int(a[Slot.REJECTED]),
-            int(a[Slot.OUTPUT]), int(a[Slot.TAPED]), a[Slot.H],
-        )  # fmt: skip
+        numbers = struct.unpack(f"{SLOTS}d", seen)
+        return Report.of(numbers) if numbers[Slot.SOLVE] == self._solves else None
 
 
 def law_of(system: System) -> Law | None:
@@ -398,10 +432,11 @@ def integrate(
     numbers = torch.cat([total.view(1), *(spans.view(-1) for _, spans in chunks)]).tolist()
     reached = inside.unbind(0)[: report.output]
     if report.status != control.RUNNING:
-        dt = report.h if report.attempts else 0.0
+        chosen = report.status == control.NON_FINITE and not report.attempts  # already as the first size was chosen
+        dt = 0.0 if chosen else report.h
         raise SolveError(FAILURES[report.status], report.t, dt, progress.attempted, tuple(reached))
     if not math.isfinite(numbers[0]) and not bool(torch.isfinite(end).all()):
-        good = [x for x in reached if bool(torch.isfinite(x).all())]
+        good = itertools.takewhile(lambda x: bool(torch.isfinite(x).all()), reached)
         raise SolveError(Status.NON_FINITE, times[-1] - report.h, report.h, progress.attempted, tuple(good))
     progress.dt = report.dt
     if on_accept is not None:

@@ -176,6 +176,10 @@ class FusedRK:
         with torch.no_grad():
             self._emit(self._packet, z, weights, out, span)
 
+    def starts(self) -> list[Tensor]:
+        """The slope that the attempt just made started with."""
+        return self._slopes[:1]
+
     def commit(self, decided: Tensor, attempt: Tensor) -> None:
         """The attempt just made has been decided about: a forward step has nothing to add up."""
 

@@ -5,19 +5,19 @@ is called once and watched: what operators it calls, with which numbers, on whic
 (`signature`). Only a loop that was captured with the very same is used; parameters that were replaced, another mode, a
 tensor that a closure has bound anew lead to another one.
 
-A loop is captured when it is wanted for the second time, or at once where `loop="graph"` asks for it. The first solve
-by a graph is made twice, by calls and by replays: what does not give the same is not used.
+The first solve by a graph is made twice, by calls and by replays: what does not give the same is not used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nesterov_triton.network import Network
+from nesterov_triton.status import SolveError
 
 SIZE = 16  # loops kept: one for each shape, forward and backward
 SEEN = 512  # keys remembered, most of them without a loop
@@ -36,12 +37,15 @@ class Looping(Protocol):
     """What can be kept and captured: a device loop, or a device sweep.
 
     Attributes:
-        parts: the functions that it calls again and again, by name; a captured one is put in its place.
-        used: the names of those that have been called.
+        replays: what is called in the place of a part, by the part's name.
+        used: the names of the parts that have been called.
     """
 
-    parts: dict[str, Callable[[], None]]
+    replays: dict[str, Callable[[], None]]
     used: set[str]
+
+    def part(self, name: str) -> Callable[[], None]:
+        """The part itself."""
 
     def release(self) -> None:
         """Hold nothing of the solve that is over."""
@@ -54,15 +58,20 @@ class Entry:
     Attributes:
         loop: made when it is first wanted.
         uses: how often it was.
-        captured: whether its parts are graphs that have been found to give the same.
         reason: why it must not be used; empty while it may.
+        busy: whether somebody uses the loop.
+        done: the end of its last use on a CUDA device, for whoever uses it on another stream.
     """
 
     loop: Any = None
     uses: int = 0
-    captured: bool = False
     reason: str = ""
     busy: bool = False
+    done: Any = None
+
+    def refuse(self, reason: str) -> None:
+        """Never again, and no memory for it."""
+        self.reason, self.loop = reason, None
 
 
 class Loops:
@@ -76,6 +85,7 @@ class Loops:
         self.size = size
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._watched: dict[int, Any] = {}
+        self._gone: deque[int] = deque()  # filled at any moment at all, by the garbage collector
         self._lock = threading.RLock()
 
     def clear(self) -> None:
@@ -83,9 +93,17 @@ class Loops:
         with self._lock:
             self._entries.clear()
 
+    @property
+    def count(self) -> int:
+        """How many loops there are."""
+        with self._lock:
+            self._purge()
+            return sum(entry.loop is not None for entry in list(self._entries.values()))
+
     def get(self, key: tuple[Hashable, ...], owner: Any) -> Entry:
         """The entry of a key whose first part is `identity(owner)`."""
         with self._lock:
+            self._purge()
             entry = self._entries.get(key)
             if entry is None:
                 entry = self._entries[key] = Entry()
@@ -97,31 +115,29 @@ class Loops:
 
     def keep(self, entry: Entry, make: Callable[[], Any]) -> None:
         """Make the entry's loop if it has none, and drop the oldest ones beyond the size."""
-        if entry.loop is None:
+        if entry.loop is not None:
+            return
+        # Its memory outlives this solve: a mode of today must not be in it.
+        with torch.inference_mode(False), torch.no_grad():
             entry.loop = make()
-            with self._lock:
-                old = [key for key, other in self._entries.items() if other.loop is not None and not other.busy]
-                for key in old[: self.count - self.size]:
-                    del self._entries[key]
-
-    @property
-    def count(self) -> int:
-        """How many loops there are."""
-        return sum(entry.loop is not None for entry in self._entries.values())
+        with self._lock:
+            idle = [key for key, other in list(self._entries.items()) if other.loop is not None and not other.busy]
+            for key in idle[: max(0, self.count - self.size)]:
+                self._entries.pop(key, None)
 
     def _watch(self, owner: Any) -> None:
         owner = getattr(owner, "__self__", owner)  # a bound method goes as soon as nobody looks
-        token = id(owner)
-        if token in self._watched:
-            return
-        with contextlib.suppress(TypeError):  # what cannot be watched lasts until it is the oldest
-            self._watched[token] = weakref.ref(owner, lambda _: self._forget(token))
+        token, gone = id(owner), self._gone
+        if token not in self._watched:
+            with contextlib.suppress(TypeError):  # what cannot be watched lasts until it is the oldest
+                self._watched[token] = weakref.ref(owner, lambda _: gone.append(token))
 
-    def _forget(self, token: int) -> None:
-        with self._lock:
+    def _purge(self) -> None:
+        while self._gone:
+            token = self._gone.popleft()
             self._watched.pop(token, None)
-            for key in [key for key in self._entries if key[0][0] == token]:  # type: ignore[index]
-                del self._entries[key]
+            for key in [key for key in list(self._entries) if key[0][0] == token]:  # type: ignore[index]
+                self._entries.pop(key, None)
 
     @contextlib.contextmanager
     def borrow(self, entry: Entry) -> Iterator[bool]:
@@ -130,11 +146,15 @@ class Loops:
             free = not entry.busy
             entry.busy = entry.busy or free
         try:
+            if free and entry.done is not None:
+                torch.cuda.current_stream().wait_event(entry.done)
             yield free
         finally:
             if free:
                 if entry.loop is not None:
                     entry.loop.release()
+                    if torch.cuda.is_available():
+                        entry.done = torch.cuda.current_stream().record_event()
                 entry.busy = False
 
 
@@ -146,60 +166,91 @@ def identity(field: Callable[..., Any]) -> tuple[int, int]:
     return id(getattr(field, "__self__", field)), id(getattr(field, "__func__", field))
 
 
-# -- what a field does ----------------------------------------------------------------------------------------------
+# -- what a field does -------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down every operator call."""
+class Unfit(Exception):
+    """The field does what cannot be captured; raised before it has done it."""
 
-    given: Sequence[Tensor]
-    calls: list[Hashable] = field(default_factory=list)
-    reason: str = ""
 
-    def __post_init__(self) -> None:
+_UNFIT = {
+    torch.Tag.data_dependent_output: "reads a value of a tensor (.item(), a condition, a conversion)",
+    torch.Tag.dynamic_output_shape: "makes tensors whose shape depends on values",
+    torch.Tag.nondeterministic_seeded: "draws random numbers",
+}
+_LOOKING = threading.RLock()
+
+
+class _Watch(TorchDispatchMode):
+    """Writes down every operator call, on what is given and on anything else."""
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {x.untyped_storage().data_ptr(): i for i, x in enumerate(self.given)}
+        self.calls: list[Hashable] = []
+        self._device = given[0].device
+        self._known = {x.untyped_storage().data_ptr(): i for i, x in enumerate(given)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        self._check(func, args, tensors)
         self.calls.append((str(func), *(self._leaf(x) for x in leaves)))
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.reason = self.reason or "the field reads a value of a tensor (.item(), a condition, a conversion)"
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, Tensor) and self._place(value) not in self._known:
-                self.reason = self.reason or f"the field changes a tensor of its own ({func})"
         result = func(*args, **kwargs)
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self._known.setdefault(self._place(x), len(self._known))
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if any(x.device != y.device and (x.ndim or x.device.type != "cpu") for x in tensors for y in made):
+            raise Unfit("the field moves tensors between devices")
+        for x in made:
+            if x.layout == torch.strided:
+                self._known.setdefault(x.untyped_storage().data_ptr(), len(self._known))
         return result
 
+    def _check(self, func: Any, args: Any, tensors: Sequence[Tensor]) -> None:
+        for tag, what in _UNFIT.items():
+            if tag in func.tags:
+                indices = [i for x in args[1:2] if isinstance(x, list | tuple) for i in x if isinstance(i, Tensor)]
+                plain = func is torch.ops.aten.index.Tensor and all(i.dtype == torch.int64 for i in indices)
+                if not plain:
+                    raise Unfit(f"the field {what}: {func}")
+        if any(type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided for x in tensors):
+            raise Unfit("the field uses tensors that are not plain memory (sparse ones, or a subclass)")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self._known:
+                raise Unfit(f"the field changes a tensor of its own: {func}")
+
     def _leaf(self, x: Any) -> Hashable:
-        if isinstance(x, Tensor):
-            known = self._known.get(self._place(x))
-            where = x.untyped_storage().data_ptr() if known is None else -1 - known
-            return where, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad
-        return x if isinstance(x, int | float | bool | str | type(None)) else str(x)
+        if not isinstance(x, Tensor):
+            return x if isinstance(x, int | float | bool | str | type(None)) else str(x)
+        place = x.untyped_storage().data_ptr()
+        known = self._known.get(place)
+        where: Any = place if known is None else -1 - known
+        if known is None and x.device != self._device and x.ndim == 0:  # goes into a launch by value
+            where = x.item()
+        return where, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, str(x.device), x.requires_grad
 
-    def _place(self, x: Tensor) -> int:
-        return x.untyped_storage().data_ptr()
 
+def signature(network: Network, t: Tensor, *features: Tensor, params: Sequence[Tensor] | None = None) -> str:
+    """What one call of the field does, in a form to compare; with `params`, its vector-Jacobian product too.
 
-def signature(network: Network, t: Tensor, *features: Tensor) -> tuple[Hashable, str]:
-    """What one call of the field does, to compare, and why it cannot be captured, if anything says so.
+    The call is checked as any other and not counted. A compiled field runs as it was before it was compiled: while
+    calls are watched torch.compile would give the field up for good, so it is told to stand back.
 
-    The call is checked and counted as any other, and its count taken back.
+    Raises:
+        Unfit: it does what cannot be captured.
     """
     watch = _Watch((t, *features))
     before = network.evaluations
-    with watch:
-        network(t, *features)
-    if before:
+    try:
+        with _LOOKING, torch.compiler.set_stance("force_eager"), watch:
+            if params is None:
+                network(t, *features)
+            else:
+                evaluation = network.taped(t, *features)
+                evaluation.pullback(torch.ones_like(evaluation.u).reshape(-1), tuple(params))
+    finally:
         network.evaluations = before
-    return tuple(watch.calls), watch.reason
+    return hashlib.sha256(repr(watch.calls).encode()).hexdigest()
 
 
 def own_tensors(field: Callable[..., Any]) -> Hashable:
@@ -209,19 +260,48 @@ def own_tensors(field: Callable[..., Any]) -> Hashable:
     return tuple((x.data_ptr(), x.requires_grad) for x in (*field.parameters(), *field.buffers()))
 
 
+def switches() -> Hashable:
+    """What else decides which kernels are launched."""
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+
+
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
+_CAPTURING = threading.RLock()
 
-def captured(function: Callable[[], None]) -> Callable[[], None]:
+
+def captured(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The function's launches as a graph, to be replayed on the current stream. It must have run before.
+
+    Not by `torch.cuda.graph`, which leaves stream and allocator as they are in a capture when one fails.
 
     Raises:
         RuntimeError: it does what cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as those that load data, may go on meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
+    with _CAPTURING, torch.cuda.device(device):
+        torch.cuda.synchronize()
+        pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            # Other threads, such as those that load data, may go on meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                function()
+                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    torch._C._cuda_endAllocateToPool(device.index, pool)
+                raise
+        torch.cuda.synchronize()
     return graph.replay
 
 
@@ -230,11 +310,7 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     if len(a) != len(b):
         return False
     for x, y in zip(a, b, strict=True):
-        if not x.is_floating_point():
-            if not torch.equal(x, y):
-                return False
-            continue
-        eps = {torch.float64: 1e-9, torch.float32: 1e-3}.get(x.dtype, 3e-2)
+        eps = {torch.float64: 1e-10, torch.float32: 1e-4}.get(x.dtype, 1e-2)
         size = float(x.abs().max()) if x.numel() else 0.0
         if not torch.allclose(x, y, rtol=eps, atol=eps * size, equal_nan=True):
             return False
@@ -251,27 +327,33 @@ def warn_once(reason: str) -> None:
         warnings.warn(f"the eager loop runs instead of a graph: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def by_graph(entry: Entry, solve: Callable[[], R], results: Callable[[R], Sequence[Tensor]]) -> R:
+def by_graph(entry: Entry, device: torch.device, solve: Callable[[], R], results: Callable[[R], Sequence[Tensor]]) -> R:
     """`solve()` by the entry's loop, by replays if they can be had. Where none can, the entry says why.
 
     Args:
         solve: may be called twice, for the same.
         results: what is to be compared of what it returns.
     """
-    if entry.captured:
-        return solve()
+    loop: Looping = entry.loop
     called = solve()
-    parts = dict(entry.loop.parts)
+    new = sorted(loop.used - set(loop.replays))
+    if not new:
+        return called
+    before, reason = dict(loop.replays), "the field cannot be captured"
     try:
-        for name in sorted(entry.loop.used):
-            entry.loop.parts[name] = captured(parts[name])
+        for name in new:
+            loop.replays[name] = captured(loop.part(name), device)
         replayed = solve()
         if same(results(called), results(replayed)):
-            entry.captured = True
+            reason = ""
             return replayed
-        entry.reason = "what is replayed gives another result than what is called: the field may draw random numbers"
+        reason = "what is replayed gives another result than what is called"
+    except (SolveError, torch.OutOfMemoryError):
+        raise
     except RuntimeError as error:
-        entry.reason = f"the field cannot be captured: {str(error).strip().splitlines()[0]}"
-    entry.loop.parts.update(parts)
-    warn_once(entry.reason)
+        reason = f"the field cannot be captured: {str(error).strip().splitlines()[0]}"
+    finally:
+        if reason:
+            loop.replays = before
+    entry.refuse(reason)
     return called

@@ -152,5 +152,12 @@ def end(
 def add_accepted(
     decided: Tensor, attempt: Tensor, total: Tensor, step: Tensor, kept: Tensor | None, new: Tensor | None
 ) -> None:
-    """Where the attempt was accepted: total -= h · step, and `kept` becomes `new`; all of one shape and dtype."""
+    """Where the attempt was accepted: total -= h · step, and `kept` becomes `new`; all of one shape, dtype and layout.
+
+    Raises:
+        ValueError: they differ; a kernel sees bare memory.
+    """
+    for row in (step, kept, new):
+        if row is not None and (row.stride() != total.stride() or row.dtype != total.dtype):
+            raise ValueError(f"strides {row.stride()} {row.dtype}, expected {total.stride()} {total.dtype}")
     dispatch.implementation("control.add_accepted", decided)(decided, attempt, total, step, kept, new)

@@ -58,6 +58,7 @@ def begin_kernel(
         stretched = tl.where(after_rejection, tl.abs(planned), tl.abs(planned) * 1.01)
         last = stretched >= tl.abs(goal - t)
         t1 = tl.where(last, goal, t + planned)
+        last = t1 == goal
         size = tl.abs(t)
         grain = (size.to(tl.int64, bitcast=True) + 1).to(tl.float64, bitcast=True) - size
         stuck = (tl.abs(t1 - t) <= 4 * grain) & ((last == 0) | after_rejection)
@@ -239,7 +240,7 @@ def end_kernel(
             count_rejected = rejected
         else:
             bad = rejected
-            count_rejected = active & (active == 0)
+            count_rejected = active != active
         after = tl.where(slots == STATUS, tl.where(bad, BAD, status), after)
         after = tl.where(slots == T, tl.where(ok, t1, t), after)
         counted = (active & (count_rejected == 0)).to(tl.float64)

@@ -34,6 +34,7 @@ def begin(
         stretch = torch.where(after_rejection, 1.0, 1.01)
         last = stretch * planned.abs() >= (goal - t).abs()
         t1 = torch.where(last, goal, t + planned)
+        last = t1 == goal
         size = t.abs()
         grain = torch.nextafter(size, torch.full_like(size, math.inf)) - size
         stuck = ((t1 - t).abs() <= 4 * grain) & (~last | after_rejection)
