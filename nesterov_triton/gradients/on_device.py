@@ -68,7 +68,7 @@ def on_device(
                 raise graphs.Unfit(entry.reason)
             if problem.loop == "auto" and entry.uses < 2:
                 raise graphs.Unfit("the first of its kind; the next one is captured")
-            with graphs.LOOPS.borrow(entry) as free:
+            with graphs.LOOPS.borrow(entry, cuda) as free:
                 _say(problem, forward, ("graph" if cuda else CALLED) if free else "eager: the captured loop is in use")
                 if free:
                     found = _solve(problem, flow, entry, forward, make, solve, results)

@@ -140,8 +140,11 @@ class Loops:
                 self._entries.pop(key, None)
 
     @contextlib.contextmanager
-    def borrow(self, entry: Entry) -> Iterator[bool]:
-        """Use an entry's loop; false where it is in use: by another thread, or by the solve that this one is inside."""
+    def borrow(self, entry: Entry, cuda: bool) -> Iterator[bool]:
+        """Use an entry's loop; false where it is in use: by another thread, or by the solve that this one is inside.
+
+        On a CUDA device, for whatever stream is current: it waits for the one before.
+        """
         with self._lock:
             free = not entry.busy
             entry.busy = entry.busy or free
@@ -153,7 +156,7 @@ class Loops:
             if free:
                 if entry.loop is not None:
                     entry.loop.release()
-                    if torch.cuda.is_available():
+                    if cuda:
                         entry.done = torch.cuda.current_stream().record_event()
                 entry.busy = False
 
