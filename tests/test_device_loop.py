@@ -751,13 +751,11 @@ DOPRI5 = tableaus.get("dopri5")
 
 
 def numbers(situation):
-    given = NUMBERS | SETTING | {}
     decided, setting = torch.zeros(control.SLOTS, dtype=F64), torch.zeros(control.SETTINGS, dtype=F64)
     for slots, start in ((decided, NUMBERS), (setting, SETTING)):
         kind = type(next(iter(start)))
         for slot, value in {**start, **{k: v for k, v in situation.items() if type(k) is kind}}.items():
             slots[slot] = value
-    assert given
     return decided.to(DEVICE), setting.to(DEVICE)
 
 

@@ -17,11 +17,10 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from nesterov_triton.compiled.step import Rows, Slopes, all_stages, combine, dense_output, error_norm
 from nesterov_triton.compiled.step import scaled_squares as scaled
+from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW
 from nesterov_triton.stepping.controllers import Integral
 from nesterov_triton.stepping.loop import LoopOptions
 from nesterov_triton.tableaus import Tableau
-
-RUNNING, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE = range(4)
 
 
 @dataclass(frozen=True)

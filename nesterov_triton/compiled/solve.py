@@ -32,7 +32,7 @@ class CompiledSolution:
         ys: the states at those times, [n, *shape], or a pair of such.
         final: the state at the last time.
         stats: counts, 0-d tensors.
-        status: 0-d int64: 0, or the number of a failure (`compiled.loop`); the states are NaN then.
+        status: 0-d int64: 0, or the number of a failure (`ops.control`); the states are NaN then.
     """
 
     t: Tensor

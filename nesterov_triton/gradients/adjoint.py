@@ -22,7 +22,7 @@ from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
 from nesterov_triton.gradients.leaves import check_cotangents, check_leaves, check_parameters, without_hooks
-from nesterov_triton.gradients.on_device import on_device
+from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
 from nesterov_triton.gradients.totals import Totals
@@ -135,43 +135,17 @@ def _solve_back(
         objection = "the parameters' quadratures are to be in the norm"
     path = problem.backward_path(objection)
     given = problem, flow, states, cotangents, wants_times
-    like = torch.cat((states[0], states[0]))
-    grads = flow.coefficient_grads
-    own = problem.flow_back(time_grads=False, coefficient_grads=grads, aliased=problem.z.device.type == "cuda")
-
-    def fused(flow: Flow) -> FusedAdjoint:
-        kind = FusedFirstOrderAdjoint if flow.rows == 1 else FusedMomentumAdjoint
-        return kind(problem.tableau, flow, problem.tolerance, Totals(flow))
-
-    def solve(loop: DeviceLoop) -> Cotangent:
-        loop.bind(own)
-        stepper = cast(FusedAdjoint, loop.stepper)
-        progress = Progress()
-
-        def advance(joint: Tensor, t: float, t1: float) -> Tensor:
-            found = device_loop.integrate(loop, joint, (t, t1), problem.tolerance, problem.options, progress)
-            return found[-1]
-
-        adjoint, of_times = _back(*given, advance)
-        stepper.finish()
-        totals = Totals(own)
-        totals.take(stepper.totals)
-        return adjoint, of_times, totals
-
-    found = on_device(
-        problem, own, "adjoint", (grads, len(states) > 2), states[-1], float(problem.times[-1]), objection or "",
-        lambda: DeviceLoop(fused(own), 2 * flow.rows, like), solve, lambda done: [done[0], *done[2].params],
-    )  # fmt: skip
-    flow.network.evaluations += own.network.evaluations
+    found = None if declined(problem, "adjoint", objection) else _by_device_loop(*given)
     if found is not None:
         return found
     stepper: Stepper
     quadratures: FusedAdjoint | _AdjointDynamics
     if path.kernels:
-        stepper = quadratures = fused(flow)
+        stepper = quadratures = _fused(problem, flow)
     else:
         dynamics = quadratures = _AdjointDynamics(flow, problem.tableau, Totals(flow), states[0], objection is not None)
         kind = _WithQuadratures if objection else ExplicitRK
+        like = torch.cat((states[0], states[0]))
         stepper = kind(problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
     progress = Progress()
 
@@ -183,6 +157,47 @@ def _solve_back(
     adjoint, of_times = _back(*given, advance)
     quadratures.finish()
     return adjoint, of_times, quadratures.totals
+
+
+def _fused(problem: Problem, flow: Flow) -> FusedAdjoint:
+    kind = FusedFirstOrderAdjoint if flow.rows == 1 else FusedMomentumAdjoint
+    return kind(problem.tableau, flow, problem.tolerance, Totals(flow))
+
+
+def _by_device_loop(
+    problem: Problem,
+    flow: Flow,
+    states: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wants_times: bool,
+) -> Cotangent | None:
+    """The same decided on the device; None where the eager loop is to do it after all."""
+    grads = flow.coefficient_grads
+    own = problem.flow_back(time_grads=False, coefficient_grads=grads, aliased=problem.z.device.type == "cuda")
+
+    def solve(loop: DeviceLoop) -> Cotangent:
+        loop.bind(own)
+        stepper = cast(FusedAdjoint, loop.stepper)
+        progress = Progress()
+
+        def advance(joint: Tensor, t: float, t1: float) -> Tensor:
+            return device_loop.integrate(loop, joint, (t, t1), problem.tolerance, problem.options, progress)[-1]
+
+        adjoint, of_times = _back(problem, flow, states, cotangents, wants_times, advance)
+        stepper.finish()
+        totals = Totals(own)
+        totals.take(stepper.totals)
+        return adjoint, of_times, totals
+
+    def make() -> DeviceLoop:
+        return DeviceLoop(_fused(problem, own), 2 * own.rows, torch.cat((states[0], states[0])))
+
+    found = on_device(
+        problem, own, "adjoint", (grads, len(states) > 2), states[-1], float(problem.times[-1]), make, solve,
+        lambda done: [done[0], *done[2].params],
+    )  # fmt: skip
+    flow.network.evaluations += own.network.evaluations
+    return found
 
 
 def _back(

@@ -25,7 +25,7 @@ from nesterov_triton.gradients.device_sweep import DeviceSweep
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_sweep import FusedFirstOrderSweep, FusedMomentumSweep
 from nesterov_triton.gradients.leaves import check_cotangents, check_leaves, check_parameters, without_hooks
-from nesterov_triton.gradients.on_device import on_device
+from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.ops import runge_kutta
@@ -128,6 +128,8 @@ def _on_device(
     cotangents: Sequence[Tensor | None],
 ) -> Cotangent | None:
     """The same by a sweep that can be captured; None where the steps are to be taken one by one."""
+    if declined(problem, "reverse sweep", objection):
+        return None
     times, grads = problem.times.tolist(), flow.coefficient_grads
     own = problem.flow_back(time_grads=False, coefficient_grads=grads, aliased=problem.z.device.type == "cuda")
 
@@ -143,7 +145,7 @@ def _on_device(
         return adjoint, None, totals
 
     found = on_device(
-        problem, own, "reverse sweep", grads, starts[0], spans[0][0], objection or "", make, solve,
+        problem, own, "reverse sweep", grads, starts[0], spans[0][0], make, solve,
         lambda done: [done[0], *done[2].params],
     )  # fmt: skip
     flow.network.evaluations += own.network.evaluations

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nesterov_triton import transforms
 from nesterov_triton.flow import Flow
-from nesterov_triton.gradients.on_device import on_device
+from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.kernels import Path
 from nesterov_triton.stepping import device_loop
@@ -69,6 +69,8 @@ def _fused(problem: Problem, flow: Flow, dense: bool) -> FusedFirstOrderRK | Fus
 
 def _on_device(problem: Problem, flow: Flow, on_accept: OnAccept | None, progress: Progress) -> list[Tensor] | None:
     """The states by a loop on the device; None where the eager loop is to make them."""
+    if declined(problem, "forward"):
+        return None
     times, z = problem.times.tolist(), problem.z.detach()
     inside, taped = len(times) - 2, on_accept is not None
 
@@ -82,7 +84,7 @@ def _on_device(problem: Problem, flow: Flow, on_accept: OnAccept | None, progres
         keep = tape.append if taped else None
         return device_loop.integrate(loop, z, times, problem.tolerance, problem.options, progress, keep), tape
 
-    found = on_device(problem, flow, "forward", (inside, taped), z, times[0], "", make, solve, lambda done: done[0])
+    found = on_device(problem, flow, "forward", (inside, taped), z, times[0], make, solve, lambda done: done[0])
     if found is None:
         return None
     states, tape = found

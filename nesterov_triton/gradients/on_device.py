@@ -13,6 +13,7 @@ from nesterov_triton import transforms
 from nesterov_triton.flow import Flow
 from nesterov_triton.gradients.leaves import unseen_leaves
 from nesterov_triton.gradients.problem import Problem
+from nesterov_triton.network import Evaluation
 from nesterov_triton.stepping import graphs
 from nesterov_triton.stepping.controllers import PI, Integral
 from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
@@ -23,44 +24,48 @@ AUTO = False  # whether loop="auto" chooses graphs, from the second solve of a k
 CALLED = "device: attempts are called one by one, for a CPU has no graphs"
 
 
+Kind = Literal["forward", "adjoint", "reverse sweep"]
+
+
+def declined(problem: Problem, kind: Kind, objection: str | None = None) -> bool:
+    """Whether the eager loop is to do it, as the problem or the `objection` says; the stats say why."""
+    reason = objection or _objection(problem)
+    if reason:
+        _decline(problem, kind, reason)
+    return bool(reason)
+
+
 def on_device(
     problem: Problem,
     flow: Flow,
-    kind: Literal["forward", "adjoint", "reverse sweep"],
+    kind: Kind,
     detail: Hashable,
     z: Tensor,
     t: float,
-    objection: str,
     make: Callable[[], Any],
     solve: Callable[[Any], R],
     results: Callable[[R], Sequence[Tensor]],
 ) -> R | None:
-    """What `solve` returns, by a loop on the device, or None where the eager loop is to do it; which it was is in the
-    stats, also where it fails.
+    """What `solve` returns, by a loop on the device, or None where the eager loop is to do it after all. Which it was
+    is in the stats, also where it fails. Not for what is `declined`.
 
     Args:
         kind, detail: of the loop, beside what the problem says.
         z, t: a state, [D], and a time to try the field at.
-        objection: why it has to be the eager loop, if anything is known.
         make: makes the loop.
         solve: solves by it; may be called twice, for the same.
         results: what of the result is compared when a graph is new.
     """
-    objection = objection or _objection(problem)
-    device, forward = problem.z.device, kind == "forward"
+    device = problem.z.device
     cuda = device.type == "cuda"
     found: R | None = None
     with torch.cuda.device(device) if cuda else nullcontext():
         try:
-            if objection:
-                raise graphs.Unfit(objection)
             field = problem.system.field
             key: tuple[Hashable, ...] = (graphs.identity(field), kind, detail, *_key(problem))
             if cuda:
-                params = None if forward else flow.params
-                seen = graphs.signature(flow.network, *_sample(flow, z, t), params=params)
-                if params and unseen(flow, *_sample(flow, z, t)):
-                    raise graphs.Unfit("the field reads its parameters otherwise than as attributes, or other tensors")
+                params = None if kind == "forward" else flow.params
+                seen = graphs.signature(flow.network, *_sample(flow, z, t), params=params, check=_check_leaves)
                 key += (graphs.own_tensors(field), graphs.switches(), seen)
             entry = graphs.LOOPS.get(key, field)
             entry.uses += 1
@@ -69,13 +74,11 @@ def on_device(
             if problem.loop == "auto" and entry.uses < 2:
                 raise graphs.Unfit("the first of its kind; the next one is captured")
             with graphs.LOOPS.borrow(entry, cuda) as free:
-                _say(problem, forward, ("graph" if cuda else CALLED) if free else "eager: the captured loop is in use")
+                _say(problem, kind, ("graph" if cuda else CALLED) if free else "eager: the captured loop is in use")
                 if free:
-                    found = _solve(problem, flow, entry, forward, make, solve, results)
+                    found = _solve(problem, flow, entry, kind, make, solve, results)
         except graphs.Unfit as reason:
-            if problem.loop == "graph":
-                graphs.warn_once(str(reason))
-            _say(problem, forward, "eager" if problem.loop == "eager" else f"eager: {reason}")
+            _decline(problem, kind, str(reason))
     return found
 
 
@@ -83,7 +86,7 @@ def _solve(
     problem: Problem,
     flow: Flow,
     entry: graphs.Entry,
-    forward: bool,
+    kind: Kind,
     make: Callable[[], Any],
     solve: Callable[[Any], R],
     results: Callable[[R], Sequence[Tensor]],
@@ -100,7 +103,7 @@ def _solve(
             found = graphs.by_graph(entry, problem.z.device, again, results)
             if entry.reason:
                 graphs.warn_once(entry.reason)
-                _say(problem, forward, f"eager: {entry.reason}")
+                _say(problem, kind, f"eager: {entry.reason}")
             return found
         return again()
     except (Overwritten, RuntimeError) as error:
@@ -111,19 +114,23 @@ def _solve(
         raise graphs.Unfit(entry.reason) from None
 
 
-def unseen(flow: Flow, t: Tensor, *features: Tensor) -> bool:
-    """Whether the field uses leaves that a backward pass would not see."""
-    before = flow.network.evaluations
-    evaluation = flow.network.taped(t, *features)
-    flow.network.evaluations = before
-    return bool(unseen_leaves(evaluation.u, (*evaluation.leaves, *flow.params)))
+def _check_leaves(evaluation: Evaluation, params: Sequence[Tensor]) -> None:
+    """Raise where the field uses leaves that a backward pass would not see."""
+    if unseen_leaves(evaluation.u, (*evaluation.leaves, *params)):
+        raise graphs.Unfit("the field reads its parameters otherwise than as attributes, or other tensors")
 
 
-def _say(problem: Problem, forward: bool, what: str) -> None:
-    if forward:
+def _say(problem: Problem, kind: Kind, what: str) -> None:
+    if kind == "forward":
         problem.stats.loop = what
     else:
         problem.stats.loop_backward = what
+
+
+def _decline(problem: Problem, kind: Kind, reason: str) -> None:
+    if problem.loop == "graph":
+        graphs.warn_once(reason)
+    _say(problem, kind, "eager" if problem.loop == "eager" else f"eager: {reason}")
 
 
 def _objection(problem: Problem) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nesterov_triton.network import Network
+from nesterov_triton.network import Evaluation, Network
 from nesterov_triton.status import SolveError
 
 SIZE = 16  # loops kept: one for each shape, forward and backward
@@ -233,8 +233,15 @@ class _Watch(TorchDispatchMode):
         return where, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, str(x.device), x.requires_grad
 
 
-def signature(network: Network, t: Tensor, *features: Tensor, params: Sequence[Tensor] | None = None) -> str:
-    """What one call of the field does, in a form to compare; with `params`, its vector-Jacobian product too.
+def signature(
+    network: Network,
+    t: Tensor,
+    *features: Tensor,
+    params: Sequence[Tensor] | None = None,
+    check: Callable[[Evaluation, Sequence[Tensor]], None] | None = None,
+) -> str:
+    """What one call of the field does, in a form to compare; with `params`, its vector-Jacobian product too, of what
+    `check` has seen.
 
     The call is checked as any other and not counted. A compiled field runs as it was before it was compiled: while
     calls are watched torch.compile would give the field up for good, so it is told to stand back.
@@ -250,6 +257,8 @@ def signature(network: Network, t: Tensor, *features: Tensor, params: Sequence[T
                 network(t, *features)
             else:
                 evaluation = network.taped(t, *features)
+                if check is not None:
+                    check(evaluation, params)
                 evaluation.pullback(torch.ones_like(evaluation.u).reshape(-1), tuple(params))
     finally:
         network.evaluations = before
