@@ -67,20 +67,22 @@ class Rule(NamedTuple):
     gate_x: gates.Gate
     gate_f: gates.Gate
 
+    def of_time(self, t: Any) -> tuple[Any, Any, Any]:
+        """What the time alone decides: κ, s and the exact form's own part of q; None for what is constant."""
+        if not self.nesterov:
+            return None, None, None
+        k = nesterov_scale(t)
+        scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
+        return (scale, self.sign / scale, 0.75 / (t * t) - 0.25) if self.exact else (scale, None, None)
+
     def coefficients(self, t: Any, damping: Any, xi: Any) -> Coefficients[Any]:
         """See `Momentum.coefficients`."""
-        scale = None
-        if self.nesterov:
-            k = nesterov_scale(t)
-            scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
-        drive = self.sign / scale if self.exact and scale is not None else None
+        scale, drive, own = self.of_time(t)
         if not self.damped and not self.exact and not self.residual:
             return Coefficients(scale, drive, None, None)
         zero = 0.0 * t
         q = zero - xi * (1.0 if scale is None else scale)
-        if self.exact:
-            q = q + (0.75 / (t * t) - 0.25)
-        return Coefficients(scale, drive, q, zero - damping)
+        return Coefficients(scale, drive, q if own is None else q + own, zero - damping)
 
 
 class System(nn.Module):

@@ -316,7 +316,7 @@ def test_what_cannot_be_traced_says_what_to_do(options, message):
 # --- export
 
 
-@pytest.mark.parametrize("options", [TIGHT, {"method": "rk4", "step_size": 0.3}])
+@pytest.mark.parametrize("options", [TIGHT, TIGHT | {"t": (1.0, 1.3, 2.0)}, {"method": "rk4", "step_size": 0.3}])
 @pytest.mark.parametrize("model", ["NODE", "GNesterovNODE"])
 def test_an_exported_layer_runs_again_at_another_batch_size(model, options):
     layer = MODELS[model].layer(**options)

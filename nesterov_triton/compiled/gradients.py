@@ -15,8 +15,8 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.func import vjp
 
 from nesterov_triton.compiled.loop import Control, Plan, Walk, select, start, walk, within
-from nesterov_triton.compiled.step import Rows, all_stages, combine, dense_output
-from nesterov_triton.compiled.system import Bound
+from nesterov_triton.compiled.step import Flow, Rows, all_stages, combine, dense_output, stage_times
+from nesterov_triton.compiled.system import Bound, Moment
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Setting:
     rows: int
     time_grads: bool
 
+    def flow(self, tensors: Rows) -> Flow:
+        """The right-hand side with these tensors."""
+        return Flow(lambda at, rows: self.bound.slopes(at, rows, tensors), self.bound.moments)
+
 
 class Counts(NamedTuple):
     """Of a forward solve, 0-d int64 each."""
@@ -52,13 +56,11 @@ def forward(setting: Setting, times: Tensor, rows: Rows, tensors: Rows, keep: bo
     plan = setting.plan
     inside = times[1:-1].clone() if len(times) > 2 else None
 
-    def slopes(t: Tensor, state: Rows) -> Rows:
-        return setting.bound.slopes(t, state, tensors)
-
+    flow = setting.flow(tensors)
     t0, end = times[0].clone(), times[-1].clone()  # a loop takes no two views of one tensor
-    control, first, evaluations = start(plan, slopes, t0, end, rows)
+    control, first, evaluations = start(plan, flow, t0, end, rows)
     again = keep and inside is not None
-    done = walk(plan, slopes, control, first, rows, t0, end, None if keep else inside, keep=keep)
+    done = walk(plan, flow, control, first, rows, t0, end, None if keep else inside, keep=keep)
     c, tableau = done.control, plan.tableau
     each = (tableau.stages if inside is None or keep else len(tableau.all_c)) - tableau.fsal
     spent = evaluations + each * (c.accepted + c.rejected)
@@ -98,10 +100,9 @@ def _outputs_inside(
     def body(k: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
         i = _pick(order, k.reshape(1)).reshape(1)
         t, t1, state = _pick(starts, i), _pick(ends, i), [_pick(x, i) for x in states]
-        stages, _ = all_stages(
-            tableau, lambda t, y: setting.bound.slopes(t, y, tensors), t, t1, state, None, len(tableau.all_c)
-        )
-        found = dense_output(tableau, t1 - t, state, stages, (inside - t) / (t1 - t))
+        dt = t1 - t
+        stages, _ = all_stages(tableau, setting.flow(tensors), t, t1, dt, state, None, len(tableau.all_c))
+        found = dense_output(tableau, dt, state, stages, (inside - t) / dt)
         mask = within(inside, t, t1)
         return (k + 1, *select(mask, found, outputs))
 
@@ -136,51 +137,64 @@ class Discrete(torch.autograd.Function):
         order, starts, stops, states = accepted_steps(rows, times[0], taken)
         wanted, end = setting.plan.tableau, times[-1].clone()
 
-        def step(t: Tensor, t1: Tensor, at: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-            state, own = values[:n], values[n:]
-            # A last stage without weight (FSAL) is evaluated for the error only: nothing to differentiate.
-            stages = wanted.stages - (wanted.b[-1] == 0) if inside is None else len(wanted.all_c)
-            found, _ = all_stages(wanted, lambda t, y: setting.bound.slopes(t, y, own), t, t1, state, None, stages)
-            new = combine(state, t1 - t, found[: wanted.stages], wanted.b)
+        # A last stage without weight (FSAL) is evaluated for the error only: nothing to differentiate.
+        stages = wanted.stages - (wanted.b[-1] == 0) if inside is None else len(wanted.all_c)
+        nodes = wanted.all_c[:stages]
+
+        def step(times: Rows, dt: Tensor, moments: list[Moment], state: Rows, own: Rows) -> tuple[Tensor, ...]:
+            t, t1, *at = times
+            flow = setting.flow(own)._replace(moments=lambda _: moments)
+            found, _ = all_stages(wanted, flow, t, t1, dt, state, None, stages)
+            new = combine(state, dt, found[: wanted.stages], wanted.b)
             if inside is None:
                 return tuple(new)
-            return (*new, *dense_output(wanted, t1 - t, state, found, (at - t) / (t1 - t)))
+            return (*new, *dense_output(wanted, dt, state, found, (at[0] - t) / dt))
+
+        def timed(times: Rows, state: Rows, own: Rows) -> tuple[Tensor, ...]:
+            t, t1 = times[:2]
+            dt = t1 - t
+            return step(times, dt, setting.bound.moments(stage_times(nodes, t, t1, dt)), state, own)
 
         def condition(k: Tensor, *carried: Tensor) -> Tensor:
             return k >= 0
 
         def body(k: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
-            of_state, sums = carried[:n], carried[n:]
+            of_state, sums, of_times = carried[:n], carried[n : n + len(tensors)], carried[n + len(tensors) :]
             i = _pick(order, k.reshape(1)).reshape(1)
-            t, t1, state = _pick(starts, i), _pick(stops, i), [_pick(x, i) for x in states]
-            at = t.reshape(1) if inside is None else inside
-            _, pull, *_ = vjp(step, t, t1, at, *state, *tensors)
+            t, t1, state = _pick(starts, i), _pick(stops, i), tuple(_pick(x, i) for x in states)
+            at = (t, t1) if inside is None else (t, t1, inside)
             given = list(of_state)
             if inside is not None:
                 mask = within(inside, t, t1)
                 given += select(mask, of_outputs, [torch.zeros_like(g) for g in of_outputs])
-            of_t, of_t1, of_at, *rest = pull(tuple(given))
-            last = t1 == end
-            zero = torch.zeros_like(of_t)
-            # The grid moves with the first time, and the last step ends at the last time.
-            of_times = [of_t + torch.where(last, zero, of_t1), torch.where(last, of_t1, zero)]
-            if inside is not None:
-                of_times.append(of_at)
-            new = [a + b for a, b in zip(sums, (*of_times, *rest[n:]), strict=True)]
-            return (k - 1, *(g.clone() for g in rest[:n]), *new)
+            if setting.time_grads:
+                _, pull, *_ = vjp(timed, at, state, tuple(tensors))
+                found_times, found_state, found = pull(tuple(given))
+                last = t1 == end
+                of_t, of_t1, *of_at = found_times
+                zero = torch.zeros_like(of_t)
+                # The grid moves with the first time, and the last step ends at the last time.
+                found_times = (of_t + torch.where(last, zero, of_t1), torch.where(last, of_t1, zero), *of_at)
+            else:  # each would cost a sum over the state for every stage
+                dt = t1 - t
+                moments = setting.bound.moments(stage_times(nodes, t, t1, dt))
+                _, pull, *_ = vjp(lambda state, own: step(at, dt, moments, state, own), state, tuple(tensors))
+                found_state, found = pull(tuple(given))
+                found_times = ()
+            new = [a + b for a, b in zip((*sums, *of_times), (*found, *found_times), strict=True)]
+            return (k - 1, *(g.clone() for g in found_state), *new)
 
-        sums = [torch.zeros_like(times[0]), torch.zeros_like(times[0])]
-        if inside is not None:
-            sums.append(torch.zeros_like(inside))
-        sums += [torch.zeros_like(x) for x in tensors]
-        carried = (count - 1, *(g.clone() for g in ends), *sums)
-        _, *found = while_loop(condition, body, carried)  # type: ignore[no-untyped-call]
-        of_first, of_last, *rest = found[n:]
-        of_times = None
+        sums = [torch.zeros_like(x) for x in tensors]
         if setting.time_grads:
-            between = [rest[0]] if inside is not None else []
+            sums += [torch.zeros_like(times[0]), torch.zeros_like(times[0])]
+            sums += [torch.zeros_like(inside)] if inside is not None else []
+        carried = (count - 1, *(g.clone() for g in ends), *sums)
+        _, *done = while_loop(condition, body, carried)  # type: ignore[no-untyped-call]
+        given, of_times = done[: n + len(tensors)], None
+        if setting.time_grads:
+            of_first, of_last, *between = done[n + len(tensors) :]
             of_times = torch.cat((of_first.reshape(1), *between, of_last.reshape(1)))
-        return (None, of_times, *found[:n], *(rest[1:] if inside is not None else rest))
+        return (None, of_times, *given)
 
 
 class Adjoint(torch.autograd.Function):
@@ -205,12 +219,13 @@ class Adjoint(torch.autograd.Function):
         args = saved[: len(saved) - n * (2 if many else 1)]
         rows, tensors = args[:n], args[n:]
 
-        def slopes(t: Tensor, joint: Rows) -> Rows:
+        def slopes(at: Moment, joint: Rows) -> Rows:
             state, adjoint = joint[:n], joint[n:]
-            slope, pull, *_ = vjp(lambda y, own: bound.slopes(t, y, own), tuple(state), tuple(tensors))
+            slope, pull, *_ = vjp(lambda y, own: bound.slopes(at, y, own), tuple(state), tuple(tensors))
             of_state, of_tensors = pull(tuple(adjoint))
             return (*slope, *(-g for g in of_state), *(-g for g in of_tensors))
 
+        flow = Flow(slopes, bound.moments)
         # The states at all times, and their cotangents, last first.
         points = [t.clone() for t in times.unbind(0)]
         states = [list(rows), *([x[k] for x in held] for k in range(len(times) - 2)), list(ends)]
@@ -224,16 +239,16 @@ class Adjoint(torch.autograd.Function):
         for k in range(len(times) - 1, 0, -1):
             jump = jumps[k - 1]
             if setting.time_grads:  # y(t_k) moves along the solution
-                of_times[k] = of_times[k] + _inner(jump, bound.slopes(points[k], states[k], tensors))
+                of_times[k] = of_times[k] + _inner(jump, setting.flow(tensors).at(points[k], states[k]))
             adjoint = [a + g for a, g in zip(adjoint, jump, strict=True)]
             joint = [*states[k], *adjoint]
             planned = None if control is None else control.dt
-            begun, first, _ = start(back, slopes, points[k], points[k - 1], joint, planned)
-            done = walk(back, slopes, begun, first, joint, points[k], points[k - 1], None, sums)
+            begun, first, _ = start(back, flow, points[k], points[k - 1], joint, planned)
+            done = walk(back, flow, begun, first, joint, points[k], points[k - 1], None, sums)
             control, adjoint, sums = done.control, done.rows[n:], done.quadratures
             failed = failed | (control.status != 0)
         if setting.time_grads:
-            of_times[0] = of_times[0] - _inner(adjoint, bound.slopes(points[0], rows, tensors))
+            of_times[0] = of_times[0] - _inner(adjoint, setting.flow(tensors).at(points[0], rows))
         adjoint = [torch.where(failed, torch.full_like(a, torch.nan), a) for a in adjoint]
         sums = [torch.where(failed, torch.full_like(a, torch.nan), a) for a in sums]
         return (None, torch.stack(of_times) if setting.time_grads else None, *adjoint, *sums)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
-from nesterov_triton.compiled.step import Rows, Slopes, all_stages, combine, dense_output, error_norm
+from nesterov_triton.compiled.step import Flow, Rows, all_stages, combine, dense_output, error_norm
 from nesterov_triton.compiled.step import scaled_squares as scaled
 from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW
 from nesterov_triton.stepping.controllers import Integral
@@ -57,13 +57,13 @@ class Walk(NamedTuple):
 
 
 def start(
-    plan: Plan, slopes: Slopes, t: Tensor, end: Tensor, rows: Rows, dt: Tensor | None = None
+    plan: Plan, flow: Flow, t: Tensor, end: Tensor, rows: Rows, dt: Tensor | None = None
 ) -> tuple[Control, list[Tensor], int]:
     """The control before the first step, its first stage if that is carried from step to step, and how many evaluations
     that took; `dt` is the step to try first, if it is known."""
     options, fsal = plan.options, plan.tableau.fsal
     chosen = plan.tableau.adaptive and dt is None and options.first_step is None
-    first = list(slopes(t, rows)) if fsal or chosen else []
+    first = flow.at(t, rows) if fsal or chosen else []
     sign = torch.sign(end - t)
     if not plan.tableau.adaptive:
         assert options.step_size is not None
@@ -73,7 +73,7 @@ def start(
     elif options.first_step is not None:
         dt = sign * options.first_step
     else:
-        dt = sign * _initial_step(plan, slopes, t, end, rows, first)
+        dt = sign * _initial_step(plan, flow, t, end, rows, first)
     return _control(t, dt), first if fsal else [], int(bool(first)) + chosen
 
 
@@ -88,7 +88,7 @@ def _control(t: Tensor, dt: Tensor) -> Control:
 
 def walk(
     plan: Plan,
-    slopes: Slopes,
+    flow: Flow,
     control: Control,
     first: Rows,
     rows: Rows,
@@ -101,7 +101,7 @@ def walk(
     """Steps from the control's time to `end`.
 
     Args:
-        slopes: may give more than the rows' slopes: of the rest only the integrals over the accepted steps are formed.
+        flow: may give more than the rows' slopes: of the rest only the integrals over the accepted steps are formed.
         t0: where the solve started, for the grid of fixed steps.
         quadratures: what these integrals are added to.
         times: requested times inside, [n] float64: their states come from dense output.
@@ -121,8 +121,8 @@ def walk(
         control, state, known, sums, outputs = _split(carried, sizes)
         c = Control(*control)
         t1, last, stuck = _target(plan, c, t0, end)
-        dt = t1 - c.t
-        stages, reached = all_stages(tableau, slopes, c.t, t1, state, known if kept_first else None, needed)
+        t, t1, dt = torch.stack((c.t, t1, t1 - c.t)).unbind()  # on a CPU Inductor keeps what is stacked in memory
+        stages, reached = all_stages(tableau, flow, t, t1, dt, state, known if kept_first else None, needed)
         own = stages[: tableau.stages]
         new = reached if tableau.fsal and needed == tableau.stages else combine(state, dt, own, tableau.b)
         c1, ok = _decide(plan, c, t1, last, stuck, state, new, own)
@@ -133,8 +133,8 @@ def walk(
         following = chosen(own[-1], own[0]) if kept_first else []
         totals = chosen(combine(sums, dt, [k[count:] for k in own], tableau.b), sums) if sums else []
         if times is not None:
-            inside = ok & within(times, c.t, t1)
-            found = dense_output(tableau, dt, state, stages, (times - c.t) / dt)
+            inside = ok & within(times, t, t1)
+            found = dense_output(tableau, dt, state, stages, (times - t) / dt)
             outputs = select(inside, found, outputs)
         # A loop's results must not be its arguments.
         return (*(x.clone() for x in c1), *chosen(new, state), *following, *totals, *outputs)
@@ -253,7 +253,7 @@ def _finite(rows: Rows) -> Tensor:
     return fit
 
 
-def _initial_step(plan: Plan, slopes: Slopes, t: Tensor, end: Tensor, rows: Rows, first: Rows) -> Tensor:
+def _initial_step(plan: Plan, flow: Flow, t: Tensor, end: Tensor, rows: Rows, first: Rows) -> Tensor:
     """As `stepping.initial_step`, 0-d float64."""
     count = sum(row.numel() for row in rows)
     sizes = [row.abs() for row in rows]
@@ -269,7 +269,7 @@ def _initial_step(plan: Plan, slopes: Slopes, t: Tensor, end: Tensor, rows: Rows
     small = ~known | (d0 < 1e-5) | (d1 < 1e-5)
     h0 = torch.minimum(torch.where(small, torch.full_like(d0, 1e-6), 0.01 * d0 / d1), span)
     trial = combine(rows, sign * h0, [first], (1.0,))
-    second = slopes(torch.where(h0 < span, t + sign * h0, end), trial)
+    second = flow.at(torch.where(h0 < span, t + sign * h0, end), trial)
     d2 = norm([b - a for a, b in zip(first[:n], second[:n], strict=True)]) / h0
     slope = torch.maximum(d1, d2)
     order = plan.tableau.error_order + 1

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nesterov_triton.compiled.system import Moment
 from nesterov_triton.tableaus import Tableau
 
 Rows = Sequence[Tensor]
-Slopes = Callable[[Tensor, Rows], Rows]
+
+
+class Flow(NamedTuple):
+    """A right-hand side: its value at a moment and a state, and the moments of times [s], float64."""
+
+    slopes: Callable[[Moment, Rows], Rows]
+    moments: Callable[[Tensor], list[Moment]]
+
+    def at(self, t: Tensor, rows: Rows) -> list[Tensor]:
+        """The value at the time `t`, 0-d float64."""
+        return list(self.slopes(self.moments(t.reshape(1))[0], rows))
 
 
 def combine(rows: Rows, dt: Tensor, stages: Sequence[Rows], weights: Sequence[float]) -> list[Tensor]:
@@ -22,19 +34,25 @@ def combine(rows: Rows, dt: Tensor, stages: Sequence[Rows], weights: Sequence[fl
     return [row + step * _sum([k[r] * w for w, k in used]) for r, row in enumerate(rows)]
 
 
+def stage_times(nodes: Sequence[float], t: Tensor, t1: Tensor, dt: Tensor) -> Tensor:
+    """The times [s] of these nodes in the step from t to t1 = t + dt."""
+    # The node 1 is t1 itself, so that no rounding takes the field outside the interval. Numbers, not a tensor of the
+    # nodes: torch.export stores no program that holds a tensor's values.
+    return torch.stack([t1 if c == 1.0 else t + c * dt for c in nodes])
+
+
 def all_stages(
-    tableau: Tableau, slopes: Slopes, t: Tensor, t1: Tensor, rows: Rows, first: Rows | None, count: int
+    tableau: Tableau, flow: Flow, t: Tensor, t1: Tensor, dt: Tensor, rows: Rows, first: Rows | None, count: int
 ) -> tuple[list[Rows], list[Tensor]]:
-    """The first `count` stages, those for dense output included, and the state of the last one; `first` is the first
-    stage where it is known."""
-    dt = t1 - t
-    stages: list[Rows] = [slopes(t, rows) if first is None else first]
+    """The first `count` stages of the step from t to t1 = t + dt, those for dense output included, and the state of the
+    last one; `first` is the first stage where it is known."""
+    begin = 0 if first is None else 1
+    moments = flow.moments(stage_times(tableau.all_c[begin:count], t, t1, dt))
+    stages: list[Rows] = [] if first is None else [first]
     state = list(rows)
-    for i in range(1, count):
-        c = tableau.all_c[i]
+    for i, moment in enumerate(moments, begin):
         state = combine(rows, dt, stages, tableau.all_a[i])
-        # The node 1 is t1 itself, so that no rounding takes the field outside the interval.
-        stages.append(slopes(t1 if c == 1.0 else t + c * dt, state))
+        stages.append(flow.slopes(moment, state))
     return stages, state
 
 
@@ -75,15 +93,21 @@ def scaled_squares(values: Rows, sizes: Rows, rtol: Tensor | float, atol: Tensor
 
 def dense_output(tableau: Tableau, dt: Tensor, rows: Rows, stages: Sequence[Rows], theta: Tensor) -> list[Tensor]:
     """The states at the fractions `theta`, [n] float64, of the step: [n, *shape] each."""
-    polynomials = torch.tensor(tableau.interpolant, dtype=torch.float64, device=theta.device)
-    powers = torch.arange(1, polynomials.shape[1] + 1, dtype=torch.float64, device=theta.device)
-    weights = dt * ((theta[:, None] ** powers) @ polynomials.T)  # [n, stages]
+    used = [i for i, polynomial in enumerate(tableau.interpolant) if any(polynomial)]
+    weights = {i: dt * _polynomial(tableau.interpolant[i], theta) for i in used}
     found = []
     for r, row in enumerate(rows):
         shape = (-1,) + (1,) * row.ndim
-        used = [i for i, p in enumerate(tableau.interpolant) if any(p)]
-        found.append(row + _sum([weights[:, i].to(row.dtype).view(shape) * stages[i][r] for i in used]))
+        found.append(row + _sum([weights[i].to(row.dtype).view(shape) * stages[i][r] for i in used]))
     return found
+
+
+def _polynomial(coefficients: Sequence[float], theta: Tensor) -> Tensor:
+    """Σ_j coefficients_j θ^(j+1), shape of `theta`."""
+    value = torch.zeros_like(theta)
+    for c in reversed(coefficients):
+        value = (value + c) * theta
+    return value
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from nesterov_triton.systems import Rule, System
+
+
+class Moment(NamedTuple):
+    """What a right-hand side needs of one time, 0-d float64 each; None where it needs none."""
+
+    t: Tensor
+    scale: Tensor | None  # κ
+    drive: Tensor | None  # s
+    own: Tensor | None  # the exact form's part of the factor of x
 
 
 class Bound:
@@ -38,27 +47,38 @@ class Bound:
         self.system, self.rule, self.fixed = system, rule, fixed
         self.scalars, self.names, self.autocast = scalars, names, autocast
 
-    def slopes(self, t: Tensor, rows: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The right-hand side at the time `t`, 0-d float64, and the state `rows`, each of h's shape."""
+    def moments(self, times: Tensor) -> list[Moment]:
+        """What the right-hand side needs of the times [s], float64, at each of them."""
+        found = (None, None, None) if self.rule is None else self.rule.of_time(times)
+        held = [times, *(x for x in found if x is not None)]
+        moments = []
+        for column in torch.stack(held).unbind(1):
+            t, *rest = column.unbind()
+            values = iter(rest)
+            moments.append(Moment(t, *(None if x is None else next(values) for x in found)))
+        return moments
+
+    def slopes(self, at: Moment, rows: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The right-hand side at the moment `at` and the state `rows`, each of h's shape."""
         rule, dtype = self.rule, rows[0].dtype
         if rule is None:
-            return (self._field(t.to(dtype), rows, tensors),)
+            return (self._field(at.t.to(dtype), rows, tensors),)
         x, m = rows
-        learned = dict(zip(self.scalars, tensors, strict=False))
-        damping, xi = self.fixed
-        c = rule.coefficients(t, learned.get("damping", damping), learned.get("xi", xi))
-        h = x if c.scale is None else x * c.scale.to(dtype)
-        u = self._field(t.to(dtype), (h, m) if self.system.sees_momentum else (h,), tensors)
+        h = x if at.scale is None else x * at.scale.to(dtype)
+        u = self._field(at.t.to(dtype), (h, m) if self.system.sees_momentum else (h,), tensors)
         slope = rule.gate_f(u)
-        if c.drive is not None:
-            slope = slope * c.drive.to(dtype)
+        if at.drive is not None:
+            slope = slope * at.drive.to(dtype)
         elif rule.sign != 1.0:
             slope = slope * rule.sign
-        if c.q is not None and c.minus_gamma is not None:
-            if rule.residual or rule.exact:
-                slope = slope + c.q.to(dtype) * x
-            if rule.damped:
-                slope = slope + c.minus_gamma.to(dtype) * m
+        learned = dict(zip(self.scalars, tensors, strict=False))
+        damping, xi = self.fixed
+        if at.own is not None:
+            slope = slope + at.own.to(dtype) * x
+        if rule.residual:
+            slope = slope - _cast(learned.get("xi", xi), dtype) * h
+        if rule.damped:
+            slope = slope - _cast(learned.get("damping", damping), dtype) * m
         return rule.gate_x(m), slope
 
     def _field(self, t: Tensor, features: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
@@ -83,3 +103,7 @@ class Bound:
                 "return h's shape and dtype"
             )
         return found
+
+
+def _cast(x: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    return x.to(dtype) if isinstance(x, Tensor) else x
