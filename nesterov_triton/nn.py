@@ -27,8 +27,8 @@ class Layer(nn.Module):
         system: the right-hand side.
         t: two or more strictly monotone times, either direction; an `nn.Parameter` or tensor that requires gradients is
             differentiated.
-        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8; fixed-step euler, midpoint, rk4,
-            rk4_38.
+        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8, prince_dormand8; fixed-step euler,
+            midpoint, heun2, heun3, rk4, rk4_38.
         rtol, atol: tolerances of an adaptive method, numbers or tensors that broadcast with h.
         gradient: "discrete" (exact gradient of the steps taken), "adjoint" (the adjoint equation, memory independent of
             the number of steps), "backprop" (plain autograd, also second derivatives), or an object.

@@ -20,7 +20,7 @@ from nesterov_triton.gradients.problem import Problem, parameters, trainable
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
 from nesterov_triton.stepping.loop import LoopOptions
-from nesterov_triton.stepping.stepper import Tolerance
+from nesterov_triton.stepping.stepper import Measure, Tolerance
 from nesterov_triton.systems import System, as_system
 from nesterov_triton.tableaus import Tableau
 
@@ -95,6 +95,8 @@ class Settings:
     gradient: gradients.Gradient
     options: LoopOptions
     loop: Loop = "auto"
+    measure: Measure | None = None  # as in `Tolerance`
+    inside: bool = False  # as in `Problem`
 
     @classmethod
     def make(
@@ -160,8 +162,8 @@ def solve(
         state: the state at t[0]: a floating-point tensor y of any shape, or a pair (x, m) of one shape for a momentum
             system.
         t: two or more strictly increasing or decreasing times; a tensor may require gradients.
-        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8; fixed-step euler, midpoint, rk4,
-            rk4_38.
+        method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8, prince_dormand8; fixed-step euler,
+            midpoint, heun2, heun3, rk4, rk4_38.
         rtol, atol: relative and absolute tolerance of an adaptive method, numbers or tensors that broadcast with h. A
             step is accepted when the root mean square of err / (atol + rtol max(\\|z_n\\|, \\|z_n+1\\|)) is at most 1.
         gradient: "discrete", "adjoint", "backprop", or an object from `nesterov_triton.gradients`.
@@ -237,11 +239,12 @@ def run(
         params=trainable((*own, *params)),
         frozen=tuple(p for p in own if not p.requires_grad),
         tableau=settings.tableau,
-        tolerance=_for_state(settings, system.rows, h) if settings.tableau.adaptive else None,
+        tolerance=_for_state(settings, system.rows, h) if _controlled(settings) else None,
         options=settings.options,
         stats=stats,
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         loop=settings.loop,
+        inside=settings.inside,
     )
     try:
         with problem.without_autocast():
@@ -372,7 +375,12 @@ def _for_state(settings: Settings, rows: int, h: Tensor) -> Tolerance:
             ) from None
         return full.reshape(-1).repeat(rows) if value.ndim else full.new_tensor(float(value))
 
-    return Tolerance(flat("rtol", settings.rtol), flat("atol", settings.atol))
+    return Tolerance(flat("rtol", settings.rtol), flat("atol", settings.atol), settings.measure)
+
+
+def _controlled(settings: Settings) -> bool:
+    """Whether the error decides about steps."""
+    return settings.tableau.adaptive and settings.options.grid is None
 
 
 def _tolerance(name: str, value: object) -> Tensor | float:

@@ -168,6 +168,20 @@ def _cubic_hermite(b: Sequence[float]) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, rows))
 
 
+def _quartic(b: Sequence[float], middle: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """Fourth-order dense output of an FSAL method: values at both ends and in the middle, slopes at both ends."""
+    rows = []
+    for i, (b_i, m_i) in enumerate(zip(b, middle, strict=True)):
+        first, last = float(i == 0), float(i == len(b) - 1)
+        rows.append((
+            first,
+            -4 * first + last - 5 * b_i + 16 * m_i,
+            5 * first - 3 * last + 14 * b_i - 32 * m_i,
+            -2 * first + 2 * last - 8 * b_i + 16 * m_i,
+        ))  # fmt: skip
+    return tuple(rows)
+
+
 def _minus(b: Sequence[float], b_hat: Mapping[int, float]) -> tuple[float, ...]:
     return tuple(b_i - b_hat.get(i, 0.0) for i, b_i in enumerate(b))
 
@@ -220,6 +234,34 @@ _MIDPOINT = Tableau(
     extra_c=(),
     extra_a=(),
     interpolant=_quadratic((0, 1)),
+    interpolant_order=2,
+)
+
+# Heun's methods of order two and three (Heun 1900; HNW II.1).
+_HEUN2 = Tableau(
+    name="heun2",
+    order=2,
+    c=(0, 1),
+    a=((), (1,)),
+    b=(1 / 2, 1 / 2),
+    error=(),
+    error_order=0,
+    extra_c=(),
+    extra_a=(),
+    interpolant=_quadratic((1 / 2, 1 / 2)),
+    interpolant_order=2,
+)
+_HEUN3 = Tableau(
+    name="heun3",
+    order=3,
+    c=(0, 1 / 3, 2 / 3),
+    a=((), (1 / 3,), (0, 2 / 3)),
+    b=(1 / 4, 0, 3 / 4),
+    error=(),
+    error_order=0,
+    extra_c=(),
+    extra_a=(),
+    interpolant=_quadratic((1 / 4, 0, 3 / 4)),
     interpolant_order=2,
 )
 
@@ -461,11 +503,93 @@ _DOPRI8 = Tableau(
     interpolant_order=7,
 )  # fmt: skip
 
+# RK8(7)13M of Prince and Dormand, "High order embedded Runge-Kutta formulae", J. Comput. Appl. Math. 7 (1981):
+# 13 stages and the FSAL 14th. What torchdiffeq names dopri8; its weights for the middle of a step, through which the
+# quartic goes, are of order five.
+_PD8_B = (
+    198769021 / 4761220748, 0, 0, 0, 0, -27305113 / 492406968, 572021774 / 2390268121, 5812593517 / 8262267752,
+    -1957812281 / 2576883853, 4012596986 / 6074510377, 1314910499 / 8312354923, -19048680 / 79999651, 1 / 4, 0,
+)  # fmt: skip
+_PD8_EMBEDDED = {
+    0: 230716846 / 7806827661, 5: -6685619618 / 8068511919, 6: 2282388386 / 7333189133, 7: 6122400461 / 2481371672, 8:
+    -23453011187 / 9208303288, 9: 8962336519 / 6208545123, 10: 352020563 / 4432637684, 11: 2 / 45,
+}  # fmt: skip
+_PD8_MIDDLE = (
+    0.04103130360739393, 0, 0, 0, 0, 0.05100562801991382, 0.2388930677412202, 0.3096870143996103, -0.2172325471755352,
+    0.07833405679331928, -0.0018614369715579948, 0.007072844202678841, 0.00690847373200576, -0.013838404349047373,
+)  # fmt: skip
+_PRINCE_DORMAND8 = Tableau(
+    name="prince_dormand8",
+    order=8,
+    c=(
+        0, 1 / 18, 1 / 12, 1 / 8, 5 / 16, 3 / 8, 59 / 400, 93 / 200, 863529644 / 1528735103, 13 / 20, 92785925
+        / 100346396, 1, 1, 1,
+    ),
+    a=(
+        (),
+        (
+            1 / 18,
+        ),
+        (
+            1 / 48, 1 / 16,
+        ),
+        (
+            1 / 32, 0, 3 / 32,
+        ),
+        (
+            5 / 16, 0, -75 / 64, 75 / 64,
+        ),
+        (
+            3 / 80, 0, 0, 3 / 16, 3 / 20,
+        ),
+        (
+            161452300 / 3369898517, 0, 0, 825286303 / 7352300820, -243109861 / 9531599248, 104775849 /
+            8155778417,
+        ),
+        (
+            138547406 / 8189353921, 0, 0, 2634287137 / 6792055768, 357664111 / 9941363487, 1736387453 /
+            8815482381, -727312264 / 4211082401,
+        ),
+        (
+            110771096 / 1603153459, 0, 0, -465637302 / 734156543, -945446455 / 5865140674, 296954126 /
+            2141748743, 6568353549 / 6980714000, 1505252545 / 7112448841,
+        ),
+        (
+            968783259 / 5277833456, 0, 0, -6019108436 / 2438102013, -2910586087 / 9992163083, -250897403 /
+            9477475588, 2770191435 / 972734647, 2737337482 / 9728005407, 700688991 / 5662366625,
+        ),
+        (
+            -8362059747 / 6879948169, 0, 0, 161334410371 / 9676614716, 8976391413 / 9802316695,
+            -42275108363 / 6979999975, -137470236799 / 8589971233, 100504999135 / 6768331049, -8733256167
+            / 653120944, 26184085373 / 5099952060,
+        ),
+        (
+            1198905527 / 4631465976, 0, 0, -209551718 / 43889903, -3570624281 / 8206576911, -28839300635 /
+            9457110433, 52008030341 / 9323911058, 58933961806 / 9573680005, -41310497527 / 8160735682,
+            20470667808 / 9330609233, 437650510 / 3250813459,
+        ),
+        (
+            8146429111 / 9905344999, 0, 0, -14794752543 / 1268991095, -6558072357 / 8656125808, 1048553375
+            / 1468616476, 56140115833 / 4648986578, -19396273676 / 9116250601, 9942106469 / 4995616162,
+            -1941121908 / 8285249657, 736688233 / 4188142068, 0,
+        ),
+        _PD8_B[:-1],
+    ),
+    b=_PD8_B,
+    error=(_minus(_PD8_B, _PD8_EMBEDDED),),
+    error_order=7,
+    extra_c=(),
+    extra_a=(),
+    interpolant=_quartic(_PD8_B, _PD8_MIDDLE),
+    interpolant_order=4,
+)  # fmt: skip
+
 
 TABLEAUS: dict[str, Tableau] = {
     tableau.name: tableau
     for tableau in (
-        _DOPRI5, _TSIT5, _BOSH3, _ADAPTIVE_HEUN, _FEHLBERG2, _DOPRI8, _EULER, _MIDPOINT, _RK4, _RK4_38,
+        _DOPRI5, _TSIT5, _BOSH3, _ADAPTIVE_HEUN, _FEHLBERG2, _DOPRI8, _PRINCE_DORMAND8, _EULER, _MIDPOINT, _HEUN2,
+        _HEUN3, _RK4, _RK4_38,
     )
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ from nesterov_triton.status import SolveError
 from nesterov_triton.stepping import device_loop
 from nesterov_triton.stepping.device_loop import DeviceLoop
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, error_norm
-from nesterov_triton.stepping.loop import AcceptedStep, Progress, integrate
+from nesterov_triton.stepping.loop import AcceptedStep, LoopOptions, Progress, integrate
 from nesterov_triton.stepping.stepper import Stepper, Tolerance, stage_times
 from nesterov_triton.tableaus import Tableau
 
@@ -45,20 +45,26 @@ class Adjoint:
         method: its method; None for the forward one. With a fixed-step method the forward step size is used.
         quadratures_in_norm: let the parameters' quadratures take part in the error control of the backward solve, as
             torchdiffeq does unless told otherwise; the norm is then the larger of the state's and theirs.
+        options: what its loop is told; None for what the forward loop is told.
+        measure: what an error is, in place of the tolerances: measure(errors, before, after) of sequences that hold the
+            state's, [D], the cotangent's, [D], and with `quadratures_in_norm` those of each parameter that needs a
+            gradient; a number or 0-d, at most 1 where a step is good enough.
     """
 
     rtol: float | None = None
     atol: float | None = None
-    method: str | None = None
+    method: str | Tableau | None = None
     quadratures_in_norm: bool = False
+    options: LoopOptions | None = None
+    measure: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor | float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value >= 0 if self.measure is not None else value > 0):
                 raise ValueError(f"Adjoint {name} must be positive or None, got {value}")
         if self.method is not None:
-            tableaus.get(self.method)
+            self._tableau(self.method)
 
     def solve(self, problem: Problem) -> list[Tensor]:
         """The states at the requested times after the first, [D] each, with their graph."""
@@ -67,17 +73,22 @@ class Adjoint:
         states = _Adjoint.apply(problem, back, self, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
         return list(states)
 
+    @staticmethod
+    def _tableau(method: str | Tableau) -> Tableau:
+        return method if isinstance(method, Tableau) else tableaus.get(method)
+
     def backward_problem(self, problem: Problem) -> Problem:
         """Method and tolerances of the backward solve.
 
         Raises:
             ValueError: a fixed-step method is asked for and the forward solve has no step size, or the reverse.
         """
-        tableau = problem.tableau if self.method is None else tableaus.get(self.method)
+        tableau = problem.tableau if self.method is None else self._tableau(self.method)
+        options = problem.options if self.options is None else self.options
         if not tableau.adaptive:
-            if problem.options.step_size is None:
+            if options.step_size is None and self.options is None:
                 raise ValueError(f"Adjoint method {tableau.name!r} takes fixed steps: pass step_size to the solve")
-            return replace(problem, tableau=tableau, tolerance=None)
+            return replace(problem, tableau=tableau, tolerance=None, options=options)
         own = problem.tolerance
         if own is None and (self.rtol is None or self.atol is None):
             raise ValueError(
@@ -86,7 +97,13 @@ class Adjoint:
         rtol = self.rtol if self.rtol is not None else own.rtol  # type: ignore[union-attr]
         atol = self.atol if self.atol is not None else own.atol  # type: ignore[union-attr]
         twice = [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in (rtol, atol)]
-        return replace(problem, tableau=tableau, tolerance=Tolerance(*twice))
+        tolerance = Tolerance(twice[0], twice[1], None if self.measure is None else self._of_halves)
+        return replace(problem, tableau=tableau, tolerance=tolerance, options=options)
+
+    def _of_halves(self, error: Tensor, z: Tensor, z1: Tensor) -> Tensor | float:
+        """`measure` of the joint state alone, [2 D]."""
+        assert self.measure is not None
+        return self.measure(*(x.view(2, -1).unbind(0) for x in (error, z, z1)))
 
 
 class _Adjoint(torch.autograd.Function):
@@ -144,9 +161,12 @@ def _solve_back(
         stepper = quadratures = _fused(problem, flow)
     else:
         dynamics = quadratures = _AdjointDynamics(flow, problem.tableau, Totals(flow), states[0], objection is not None)
-        kind = _WithQuadratures if objection else ExplicitRK
         like = torch.cat((states[0], states[0]))
-        stepper = kind(problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
+        given_to = (problem.tableau, dynamics, 2 * flow.rows, like, problem.tolerance)
+        if objection is None:
+            stepper = ExplicitRK(*given_to, inside=problem.edge)
+        else:
+            stepper = _WithQuadratures(*given_to, inside=problem.edge, measure=strategy.measure)
     progress = Progress()
 
     def advance(joint: Tensor, t: float, t1: float) -> Tensor:
@@ -283,9 +303,15 @@ class _AdjointDynamics:
 
 
 class _WithQuadratures(ExplicitRK):
-    """Steps whose error norm counts the parameters' quadratures too."""
+    """Steps whose error norm counts the parameters' quadratures too; `measure` is `Adjoint`'s."""
+
+    def __init__(self, *args: Any, measure: Any = None, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._measure = measure
 
     def error(self, z: Tensor, z1: Tensor) -> float:
+        if self._measure is not None:
+            return self._measured(z, z1)
         norm = super().error(z, z1)
         dynamics, tolerance = self.dynamics, self.tolerance
         assert isinstance(dynamics, _AdjointDynamics)
@@ -302,3 +328,13 @@ class _WithQuadratures(ExplicitRK):
         # A tolerance that differs from element to element of the state says nothing of parameters: its smallest.
         own = [x if not isinstance(x, Tensor) else x.min() for x in (tolerance.rtol, tolerance.atol)]
         return max(norm, error_norm(torch.stack(rows[1:]), size, *own))
+
+    def _measured(self, z: Tensor, z1: Tensor) -> float:
+        dynamics = self.dynamics
+        assert isinstance(dynamics, _AdjointDynamics)
+        sums, before = dynamics.quadratures.sums, dynamics.totals.params
+        # The integrals run backward in time: a total grows by -dt times the weighted sum.
+        after = torch._foreach_add(before, sums[0], alpha=-self.dt) if before else []
+        errors = torch._foreach_mul(sums[1], -self.dt) if before else []
+        state, old, new = (x.view(2, -1).unbind(0) for x in (self._estimate(z)[0], z, z1))
+        return float(self._measure((*state, *errors), (*old, *before), (*new, *after)))

@@ -103,7 +103,7 @@ def _one_by_one(
     """The sweep over the accepted steps: t, t1 and the requested times in (t, t1] of each, and where it started."""
 
     def back(copies: bool) -> Cotangent:
-        sweep = _sweep(kernels, problem.tableau, flow, problem.times.tolist(), copies)
+        sweep = _sweep(kernels, problem, flow, copies)
         adjoint = torch.zeros_like(problem.z)
         for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
             wanted = [(k, cotangents[k - 1]) for k in outputs]
@@ -176,17 +176,18 @@ class Sweep(Protocol):
         """Every step has been taken: bring the totals up to date."""
 
 
-def _sweep(kernels: bool, tableau: Tableau, flow: Flow, times: Sequence[float], copies: bool) -> Sweep:
+def _sweep(kernels: bool, problem: Problem, flow: Flow, copies: bool) -> Sweep:
+    tableau, times = problem.tableau, problem.times.tolist()
     if not kernels:
-        return ReverseSweep(tableau, flow, times)
+        return ReverseSweep(tableau, flow, times, problem.edge)
     return (FusedFirstOrderSweep if flow.rows == 1 else FusedMomentumSweep)(tableau, flow, times, copies)
 
 
 class ReverseSweep:
     """Transposed steps in plain torch; see `Sweep`."""
 
-    def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float]) -> None:
-        self.tableau, self.flow, self.requested = tableau, flow, times
+    def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float], inside: torch.dtype | None = None) -> None:
+        self.tableau, self.flow, self.requested, self._edge = tableau, flow, times, inside
         self.totals = Totals(flow)
         self.times = torch.zeros(len(times), dtype=torch.float64, device="cpu")
         self._dense = dense_output(tableau)
@@ -205,7 +206,7 @@ class ReverseSweep:
         thetas = [(self.requested[k] - t) / dt for k, _ in inside]
         step = self._buffers(len(inside), z)
         step.scale(dt, [self._dense.weights(theta) for theta in thetas])
-        times = stage_times(t, t1, step.nodes)
+        times = stage_times(t, t1, step.nodes, self._edge)
         at = flow.at(times)
 
         # Forward again, with the network's graph at every stage.

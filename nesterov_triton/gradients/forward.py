@@ -59,6 +59,7 @@ def _stepper(problem: Problem, flow: Flow, path: Path, differentiable: bool) -> 
         dense=dense,
         differentiable=differentiable,
         axis=axis,
+        inside=problem.edge,
     )
 
 

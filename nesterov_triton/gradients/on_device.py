@@ -150,6 +150,8 @@ def _objection(problem: Problem) -> str:
         return f"controller {type(controller).__name__} may have a rule of its own"
     if tolerance is not None and any(isinstance(x, Tensor) and x.ndim for x in (tolerance.rtol, tolerance.atol)):
         return "the tolerance differs from element to element"
+    if not problem.options.plain:
+        return "its loop does not know all of these options"
     if transforms.active():
         return "a torch.func transform is active"
     return "" if problem.z.numel() else "the state is empty"

@@ -19,7 +19,7 @@ from nesterov_triton.status import Stats
 from nesterov_triton.stepping.loop import LoopOptions
 from nesterov_triton.stepping.stepper import Tolerance
 from nesterov_triton.systems import Field, System
-from nesterov_triton.tableaus import Tableau
+from nesterov_triton.tableaus import TABLEAUS, Tableau
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Problem:
         stats: counted on while the solve runs.
         autocast: the dtype of the autocast that the network runs under, forward and backward; None for none.
         loop: "auto", "eager" or "graph"; see `solve`.
+        inside: whether the right-hand side is seen from inside of a step at its ends; see `stage_times`.
     """
 
     system: System
@@ -53,6 +54,7 @@ class Problem:
     frozen: tuple[Tensor, ...] = ()
     autocast: torch.dtype | None = None
     loop: str = "auto"
+    inside: bool = False
 
     def flow(self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None) -> Flow:
         """The system bound to this solve; `watch` and `on_output` as for `Network`."""
@@ -82,8 +84,23 @@ class Problem:
 
     def path(self) -> Path:
         """What does the elementwise work of this solve, unless autograd is to see all of it."""
-        tolerance = self.tolerance
+        tolerance, found = self.tolerance, kernels.path(self.system, self.z.device)
+        if not found.kernels:
+            return found
+        if tolerance is not None and tolerance.measure is not None:
+            return Path(False, "the error has a norm of its own")
+        if self.inside:
+            return Path(False, "the ends of steps are seen from inside")
+        if tolerance is None and self.tableau.adaptive:
+            return Path(False, "an adaptive method takes given steps")
+        if TABLEAUS.get(self.tableau.name) is not self.tableau:
+            return Path(False, f"the method {self.tableau.name!r} is not registered")
         return kernels.path(self.system, self.z.device, *((tolerance.rtol, tolerance.atol) if tolerance else ()))
+
+    @property
+    def edge(self) -> torch.dtype | None:
+        """`inside` as `stage_times` wants it."""
+        return self.z.dtype if self.inside else None
 
     def backward_path(self, objection: str | None) -> Path:
         """The same for its backward pass, unless there is something that only plain torch does; kept in the stats."""

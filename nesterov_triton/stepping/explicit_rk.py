@@ -173,6 +173,7 @@ class ExplicitRK:
         dense: whether `interpolate` will be called.
         differentiable: run out of place, visible to autograd.
         axis: the differentiable times, where autograd is to give gradients with respect to them.
+        inside: as for `stage_times`.
     """
 
     def __init__(
@@ -186,8 +187,10 @@ class ExplicitRK:
         dense: bool = False,
         differentiable: bool = False,
         axis: TimeAxis | None = None,
+        inside: torch.dtype | None = None,
     ) -> None:
         self.tableau, self.dynamics, self.tolerance, self.axis = tableau, dynamics, tolerance, axis
+        self.inside = inside
         self.dense = dense_output(tableau)
         count = self.dense.stages if dense else tableau.stages
         self.stages: Stages = StageList() if differentiable else StageBuffer(count, rows, like)
@@ -240,19 +243,26 @@ class ExplicitRK:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.error(z, z1)
-        tolerance, columns = self.tolerance, self.stages.columns(self.tableau.stages)
+        tolerance, errors = self.tolerance, self._estimate(z)
         assert tolerance is not None
+        if tolerance.measure is not None:
+            return float(tolerance.measure(errors[0], z.detach(), z1.detach()))
+        if self._magnitudes is None:
+            self._magnitudes = (z.detach().abs(), torch.empty_like(z))
+        old, new = self._magnitudes
+        size = torch.maximum(old, torch.abs(z1.detach(), out=new))
+        return error_norm(errors, size, tolerance.rtol, tolerance.atol)
+
+    def _estimate(self, z: Tensor) -> Tensor:
+        """The embedded error rows of the step just taken, [n, D], in memory that the next step's use again."""
+        columns = self.stages.columns(self.tableau.stages)
         if self._errors is None:
             self._errors = z.new_empty((len(self._scaled.errors), z.numel()))
             self._error_rows = self._errors.unbind(0)
         # Row by row: a matrix product may run in TF32, where so configured, and nearly equal stages cancel here.
         for row, out in zip(self._scaled.errors, self._error_rows, strict=True):
             torch.mv(columns.detach(), row.detach(), out=out)
-        if self._magnitudes is None:
-            self._magnitudes = (z.detach().abs(), torch.empty_like(z))
-        old, new = self._magnitudes
-        size = torch.maximum(old, torch.abs(z1.detach(), out=new))
-        return error_norm(self._errors, size, tolerance.rtol, tolerance.atol)
+        return self._errors
 
     def witness(self, z1: Tensor) -> Tensor:
         """0-d, of the step just taken, to z1: finite only where z1 is."""
@@ -312,9 +322,12 @@ class ExplicitRK:
     def _times(self, t: float, t1: float, nodes: Sequence[float]) -> Sequence[float] | Tensor:
         """Stage times; the node 1 is t1 itself, so that no rounding takes the field outside the interval."""
         if self.axis is None:
-            return stage_times(t, t1, nodes)
+            return stage_times(t, t1, nodes, self.inside)
         start, end = self.axis.start(t), self.axis.end(t1)
-        return torch.stack([end if c == 1.0 else start + c * (end - start) for c in nodes])
+        times = torch.stack([end if c == 1.0 else start + c * (end - start) for c in nodes])
+        if self.inside is None:
+            return times
+        return times + (times.new_tensor(stage_times(t, t1, nodes, self.inside)) - times.detach())
 
 
 def error_norm(errors: Tensor, size: Tensor, rtol: Tensor | float, atol: Tensor | float) -> float:

@@ -45,5 +45,7 @@ def _norms(stepper: Stepper, values: Tensor, z: Tensor) -> list[float]:
     tolerance = stepper.tolerance
     assert tolerance is not None
     transforms.check_readable(values)
+    if tolerance.measure is not None:
+        return [float(tolerance.measure(v, z, z)) for v in values]
     squares = runge_kutta.scaled_squares(values, z.abs(), tolerance.rtol, tolerance.atol)
     return [math.sqrt(x / max(z.numel(), 1)) for x in squares.tolist()]

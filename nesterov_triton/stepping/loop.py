@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,17 @@ class Progress:
 
 
 OnAccept = Callable[[AcceptedStep], None]
+OnStep = Callable[[float, Tensor, float], object]  # time, state [D], signed step size
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Who is told of steps: of each that is attempted, before it; of each that is accepted or rejected, after it. All
+    are given the step's start."""
+
+    attempt: OnStep | None = None
+    accept: OnStep | None = None
+    reject: OnStep | None = None
 
 
 @dataclass(frozen=True)
@@ -54,15 +65,34 @@ class LoopOptions:
 
     Attributes:
         controller: the step-size controller of adaptive methods.
-        step_size: the step of fixed-step methods, > 0.
+        step_size: the step of fixed-step methods, > 0; None for one step to each requested time.
         first_step: the first step of adaptive methods, > 0; None to choose it (Hairer, Nørsett, Wanner II.4).
         max_steps: attempted steps allowed.
+        min_step, max_step: bounds of an adaptive step; one of the smallest size is accepted whatever its error.
+        stops: times that an adaptive step must end at; those outside the interval do not matter.
+        jumps: those of them where the right-hand side jumps, so that the next step evaluates it anew.
+        grid: from the requested times to those where fixed steps start and end, the first requested time first. It may
+            go past the last one. For an adaptive method too, which then takes these steps whatever their error.
+        until: is shown each accepted step as (t, t1, z, z1), and ends the solve there where it says so.
+        watchers: who is told of steps.
     """
 
     controller: Integral
     step_size: float | None = None
     first_step: float | None = None
     max_steps: int = 10_000
+    min_step: float = 0.0
+    max_step: float = math.inf
+    stops: tuple[float, ...] = ()
+    jumps: tuple[float, ...] = ()
+    grid: Callable[[Sequence[float]], Sequence[float]] | None = None
+    until: Callable[[float, float, Tensor, Tensor], bool] | None = None
+    watchers: Watchers | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether these are options that every loop knows."""
+        return self == LoopOptions(self.controller, self.step_size, self.first_step, self.max_steps)
 
 
 def integrate(
@@ -96,6 +126,9 @@ def _adaptive(
     t, end = times[0], times[-1]
     sign = math.copysign(1.0, end - t)
     controller, q = options.controller, stepper.tableau.error_order + 1
+    shortest, longest, watchers = options.min_step, options.max_step, options.watchers or _NOBODY
+    stops = sorted((s for s in options.stops if sign * (s - t) > 0 < sign * (end - s)), key=lambda s: -sign * s)
+    target = stops.pop() if stops else end
     reached: list[Tensor] = []
     previous, after_rejection, finite = 1.0, False, True
 
@@ -113,38 +146,54 @@ def _adaptive(
     while True:
         # A last step up to 1 % longer than planned rather than a sliver after it; the error is controlled all the same.
         # Not after a rejection: stretched back to what was rejected, it would be tried for ever.
-        stretch = 1.0 if after_rejection else 1.01
-        t1 = end if stretch * abs(dt) >= abs(end - t) else t + dt
+        size = min(max(abs(dt), shortest), longest)
+        stretch = 1.0 if after_rejection or size == longest else 1.01
+        t1 = target if stretch * size >= abs(target - t) else t + math.copysign(size, dt)
         h = t1 - t
         if progress.attempted >= options.max_steps:
             raise fail(Status.MAX_STEPS, h)
         # An interval as short as that is taken whole, once.
-        if abs(h) <= 4 * math.ulp(t) and (t1 != end or after_rejection):
+        if abs(h) <= 4 * math.ulp(t) and (t1 != target or after_rejection):
             raise fail(Status.STEP_UNDERFLOW if finite else Status.NON_FINITE, h)
+        if watchers.attempt is not None:
+            watchers.attempt(t, z, h)
         z1 = stepper.step(t, t1, z)
         error = stepper.error(z, z1)
         factor = controller.factor(error, previous, q, after_rejection)
-        if not error <= 1:  # NaN included
+        if not error <= 1 and not (size <= shortest and math.isfinite(error)):  # NaN included
             progress.rejected += 1
+            if watchers.reject is not None:
+                watchers.reject(t, z, h)
             # A step too long may overflow and is tried again shorter; nothing mends a field that is not finite here.
             finite = math.isfinite(error)
-            if not finite and not stepper.starts_finite():
+            if not finite and (size <= shortest or not stepper.starts_finite()):
                 raise fail(Status.NON_FINITE, h)
             dt, after_rejection = h * factor, True
             continue
         progress.accepted += 1
+        if watchers.accept is not None:
+            watchers.accept(t, z, h)
         # Beside an infinite state every error is small. It stays infinite, so that one look at the end is enough.
         if t1 == end and not _finite(z1):
             raise SolveError(Status.NON_FINITE, t, h, progress.attempted, tuple(itertools.takewhile(_finite, reached)))
         outputs = _emit(stepper, t, t1, z, z1, times, reached)
         if on_accept is not None:
             on_accept(AcceptedStep(t, t1, z, outputs))
-        if t1 == end:
+        following = h * factor
+        if t1 == target:
             # The step that ended here was cut short: what it was planned to be says more of the next interval.
-            progress.dt = sign * max(abs(h * factor), abs(dt))
+            following = sign * max(abs(following), size)
+        if t1 == end:
+            progress.dt = following
+            return reached
+        if options.until is not None and options.until(t, t1, z, z1):
             return reached
         stepper.accept()
-        t, z, dt = t1, z1, h * factor
+        if t1 == target:
+            target = stops.pop() if stops else end
+            if t1 in options.jumps:
+                stepper.restart()
+        t, z, dt = t1, z1, following
         previous, after_rejection, finite = max(error, 1e-4), False, True
 
 
@@ -158,27 +207,61 @@ def _fixed(
 ) -> list[Tensor]:
     t, end = times[0], times[-1]
     sign = math.copysign(1.0, end - t)
-    start = t
-    size, count = fixed_steps(t, end, options)
+    watchers = options.watchers or _NOBODY
     reached: list[Tensor] = []
     witnesses: list[Tensor] = []
     starts: list[float] = []
-    for n in range(1, count + 1):
-        t1 = end if n == count else start + n * size
+    for t1 in _ends(times, options):
+        if watchers.attempt is not None:
+            watchers.attempt(t, z, t1 - t)
         z1 = stepper.step(t, t1, z)
         progress.accepted += 1
+        if watchers.accept is not None:
+            watchers.accept(t, z, t1 - t)
         starts.append(t)
         witnesses.append(stepper.witness(z1))
         outputs = _emit(stepper, t, t1, z, z1, times, reached)
         if on_accept is not None:
             on_accept(AcceptedStep(t, t1, z, outputs))
+        if options.until is not None and options.until(t, t1, z, z1):
+            return reached
         stepper.accept()
+        if t1 in options.jumps:
+            stepper.restart()
         t, z = t1, z1
     if not _finite(z):
         bad = torch.isfinite(torch.stack(witnesses)).tolist().index(False)
         good = [r for k, r in enumerate(reached, 1) if sign * (times[k] - starts[bad]) <= 0]
-        raise SolveError(Status.NON_FINITE, starts[bad], size, bad + 1, tuple(good))
+        ends = [*starts[1:], t]
+        raise SolveError(Status.NON_FINITE, starts[bad], ends[bad] - starts[bad], bad + 1, tuple(good))
     return reached
+
+
+def _ends(times: Sequence[float], options: LoopOptions) -> Iterator[float]:
+    """The ends of fixed steps; without an end where the last time is infinite.
+
+    Raises:
+        SolveError: they are too many or too short.
+    """
+    start, end = times[0], times[-1]
+    if options.grid is None and options.step_size is not None and math.isfinite(end):
+        size, count = fixed_steps(start, end, options)
+        yield from (start + n * size for n in range(1, count))
+        yield end
+        return
+    if options.step_size is not None and options.grid is None:
+        size = math.copysign(options.step_size, end)
+        ends: Iterator[float] = (start + n * size for n in itertools.count(1))
+    else:
+        ends = iter((times if options.grid is None else options.grid(times))[1:])
+    t = start
+    for n, t1 in enumerate(ends):
+        if n >= options.max_steps:
+            raise SolveError(Status.MAX_STEPS, t, t1 - t, n)
+        if t1 == t:
+            raise SolveError(Status.STEP_UNDERFLOW, t, 0.0, n)
+        yield t1
+        t = t1
 
 
 def fixed_steps(t: float, end: float, options: LoopOptions) -> tuple[float, int]:
@@ -221,6 +304,9 @@ def _emit(
         else:
             reached.append(z1.detach() + (found[k] - found[k].detach()))
     return tuple(taken)
+
+
+_NOBODY = Watchers()
 
 
 def _finite(z: Tensor) -> bool:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from nesterov_triton.tableaus import Tableau
 
+Measure = Callable[[Tensor, Tensor, Tensor], "Tensor | float"]
+
 
 @dataclass(frozen=True)
 class Tolerance:
-    """rtol and atol: numbers, or tensors that broadcast with the flat state."""
+    """rtol and atol: numbers, or tensors that broadcast with the flat state.
+
+    With a `measure` that alone says what an error is: measure(error, z, z1), [D] each, 0-d or a number, at most 1 where
+    a step from z to z1 is good enough.
+    """
 
     rtol: Tensor | float
     atol: Tensor | float
+    measure: Measure | None = None
 
 
 class TimeAxis:
@@ -46,10 +54,20 @@ class TimeAxis:
         return t + self._zeros[index]
 
 
-def stage_times(t: float, t1: float, nodes: Sequence[float]) -> list[float]:
-    """The times of the stages of a step from t to t1."""
+def stage_times(t: float, t1: float, nodes: Sequence[float], inside: torch.dtype | None = None) -> list[float]:
+    """The times of the stages of a step from t to t1.
+
+    Args:
+        inside: take the step's ends as the nearest numbers of this dtype inside the step, so that a right-hand side
+            which jumps there is seen from the step's own side.
+    """
     dt = t1 - t
-    return [t1 if c == 1.0 else t + c * dt for c in nodes]
+    if inside is None or dt == 0:
+        return [t1 if c == 1.0 else t + c * dt for c in nodes]
+    start, end = torch.tensor((t, t1), dtype=torch.float64, device="cpu").to(inside)
+    start, end = torch.nextafter(start, end), torch.nextafter(end, start)
+    ends = {0.0: float(start), 1.0: float(end)}
+    return [ends.get(c, t + c * dt) for c in nodes]
 
 
 class Stepper(Protocol):
