@@ -5,10 +5,12 @@
     h = layer(h0)                        # h(T), differentiable
     layer.stats                          # what it took
 
-`solve` does the same for a system, or for any f(t, y), without a layer.
+`solve` does the same for a system, or for any f(t, y), without a layer. `odeint`, `odeint_adjoint`, `odeint_event` and
+`odeint_dense` do what torchdiffeq's functions of these names do.
 """
 
 from nesterov_triton import gates, gradients, kernels, systems, tableaus
+from nesterov_triton.interop import odeint, odeint_adjoint, odeint_dense, odeint_event
 from nesterov_triton.nn import ANODE, GHBNODE, HBNODE, NODE, SONODE, GNesterovNODE, NesterovNODE
 from nesterov_triton.solve import Solution, solve
 from nesterov_triton.status import SolveError, Stats, Status
@@ -32,6 +34,10 @@ __all__ = [
     "gates",
     "gradients",
     "kernels",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
     "solve",
     "systems",
     "tableaus",

@@ -220,6 +220,45 @@ def run(
         from nesterov_triton.compiled import solve as compiled  # takes in all of torch's compiler
 
         return compiled.run(system, state, times, settings, params, traced)  # type: ignore[return-value]
+    stats = Stats() if stats is None else stats
+    problem = bind(system, state, h, times, settings, params, stats)
+    try:
+        with problem.without_autocast():
+            backprop = isinstance(settings.gradient, gradients.Backprop)
+            if not backprop:
+                check_transforms(problem, (*parameters(system.field), *params))
+            # Only autograd itself knows what a closure needs gradients of.
+            plain = backprop and (torch.is_grad_enabled() or transforms.active())
+            if plain or problem.differentiable():
+                later = settings.gradient.solve(problem)
+            else:
+                later = _solve_without_gradient(problem)
+        z = problem.z
+        return Solution(times.detach(), (z, *later), h.shape, system.rows, stats, Status.SUCCESS, Status.SUCCESS.value)
+    except SolveError as e:
+        e.stats = stats
+        if throw:
+            raise
+        reached = [s.detach() for s in (problem.z, *e.reached)]
+        missing = torch.full_like(reached[0], math.nan)
+        states = (*reached, *(missing for _ in range(len(times) - len(reached))))
+        return Solution(times.detach(), states, h.shape, system.rows, stats, e.status, str(e))
+
+
+def bind(
+    system: System,
+    state: State,
+    h: Tensor,
+    times: Tensor,
+    settings: Settings,
+    params: Sequence[Tensor],
+    stats: Stats,
+) -> Problem:
+    """What every gradient strategy is handed; arguments as for `run`.
+
+    Raises:
+        TypeError, ValueError: `params` is no sequence of tensors, or a tolerance does not fit the state.
+    """
     if isinstance(cast(object, params), Tensor):
         raise TypeError("params must be a sequence of tensors, got one tensor; pass params=[tensor]")
     params = tuple(params)  # an iterator, as of Module.parameters(), can be read once only
@@ -227,10 +266,9 @@ def run(
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1).contiguous()
-    stats = Stats() if stats is None else stats
     own = parameters(system.field)
     kind = h.device.type
-    problem = Problem(
+    return Problem(
         system=system,
         shape=h.shape,
         z=z,
@@ -246,26 +284,6 @@ def run(
         loop=settings.loop,
         inside=settings.inside,
     )
-    try:
-        with problem.without_autocast():
-            backprop = isinstance(settings.gradient, gradients.Backprop)
-            if not backprop:
-                check_transforms(problem, (*own, *params))
-            # Only autograd itself knows what a closure needs gradients of.
-            plain = backprop and (torch.is_grad_enabled() or transforms.active())
-            if plain or problem.differentiable():
-                later = settings.gradient.solve(problem)
-            else:
-                later = _solve_without_gradient(problem)
-        return Solution(times.detach(), (z, *later), h.shape, system.rows, stats, Status.SUCCESS, Status.SUCCESS.value)
-    except SolveError as e:
-        e.stats = stats
-        if throw:
-            raise
-        reached = [s.detach() for s in (z, *e.reached)]
-        missing = torch.full_like(reached[0], math.nan)
-        states = (*reached, *(missing for _ in range(len(times) - len(reached))))
-        return Solution(times.detach(), states, h.shape, system.rows, stats, e.status, str(e))
 
 
 def _solve_without_gradient(problem: Problem) -> list[Tensor]:

@@ -45,7 +45,8 @@ def forward(
 
 
 def _stepper(problem: Problem, flow: Flow, path: Path, differentiable: bool) -> Stepper:
-    dense = len(problem.times) > 2
+    # Given steps may go past the last time.
+    dense = len(problem.times) > 2 or problem.options.grid is not None
     if path.kernels:
         return _fused(problem, flow, dense)
     moving = problem.times.requires_grad or transforms.carries(problem.times)

@@ -291,13 +291,7 @@ class ExplicitRK:
     ) -> list[Tensor]:
         """The states at `times`, the requested times of these indices, inside the step from z just taken and not yet
         accepted, [D] each."""
-        tableau, s = self.tableau, self.tableau.stages
-        if self.dense.stages > s and not self._has_extra:
-            at = self.dynamics.at(self._times(t, t1, tableau.all_c))
-            for j in range(s, self.dense.stages):
-                self._evaluate(at, j, self._combine(z, j + 1 + len(tableau.error)))
-            self._has_extra = True
-        columns, dt = self.stages.columns(self.dense.stages), self._step_size(t, t1)
+        columns, dt = self._all_stages(t, t1, z), self._step_size(t, t1)
         states = []
         for time, index in zip(times, indices, strict=True):
             theta: Tensor | float = (time - t) / (t1 - t)
@@ -306,6 +300,21 @@ class ExplicitRK:
             weights = self.dense.weights(theta) * dt
             states.append(runge_kutta.combine(z, columns, weights.to(z.device, z.dtype)))
         return states
+
+    def kept(self, t: float, t1: float, z: Tensor) -> Tensor:
+        """All stages of the step from z just taken and not yet accepted, as columns, [D, s]; they may be kept."""
+        columns = self._all_stages(t, t1, z)
+        return columns if isinstance(self.stages, StageList) else columns.clone()
+
+    def _all_stages(self, t: float, t1: float, z: Tensor) -> Tensor:
+        """The stages that the interpolant needs, as columns."""
+        tableau, s = self.tableau, self.tableau.stages
+        if self.dense.stages > s and not self._has_extra:
+            at = self.dynamics.at(self._times(t, t1, tableau.all_c))
+            for j in range(s, self.dense.stages):
+                self._evaluate(at, j, self._combine(z, j + 1 + len(tableau.error)))
+            self._has_extra = True
+        return self.stages.columns(self.dense.stages)
 
     def _evaluate(self, at: StageTimes, i: int, z: Tensor) -> None:
         self._put(at, i, self.dynamics.open(z))

@@ -1,0 +1,23 @@
+"""What a message calls things, and what a tracer is to leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+from torch import nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def name_of(function: object) -> str:
+    """What the user knows the function by."""
+    kind = type(function).__name__
+    return kind if isinstance(function, nn.Module) else getattr(function, "__name__", kind)
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as torch.compile is to call it: in Python. The layers are what can be traced."""
+    return cast(Callable[P, R], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
