@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict, cast, get_args
 
@@ -213,6 +213,7 @@ def run(
     throw: bool = True,
     stats: Stats | None = None,
     traced: bool = False,
+    stand_ins: Mapping[int, Tensor] | None = None,
 ) -> Solution:
     """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from
     `check_times`; `traced` where a tracer sees the settings being made."""
@@ -221,7 +222,7 @@ def run(
 
         return compiled.run(system, state, times, settings, params, traced)  # type: ignore[return-value]
     stats = Stats() if stats is None else stats
-    problem = bind(system, state, h, times, settings, params, stats)
+    problem = bind(system, state, h, times, settings, params, stats, stand_ins)
     try:
         with problem.without_autocast():
             backprop = isinstance(settings.gradient, gradients.Backprop)
@@ -253,6 +254,7 @@ def bind(
     settings: Settings,
     params: Sequence[Tensor],
     stats: Stats,
+    stand_ins: Mapping[int, Tensor] | None = None,
 ) -> Problem:
     """What every gradient strategy is handed; arguments as for `run`.
 
@@ -283,6 +285,7 @@ def bind(
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         loop=settings.loop,
         inside=settings.inside,
+        stand_ins=stand_ins or {},
     )
 
 

@@ -77,13 +77,25 @@ def test_second_derivatives_by_backprop_of_an_adaptive_method():
     check(layer, features(1, 2), TIMES[[0, 2, 3]], second=True)
 
 
-def test_second_derivatives_of_the_others_are_refused():
-    for gradient in ("discrete", "adjoint"):
-        layer = MODELS["HBNODE"].layer(gradient=gradient)
-        h = features(2, 2).requires_grad_()
-        (first,) = torch.autograd.grad(layer(h).pow(2).sum(), h, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            first.sum().backward()
+@pytest.mark.parametrize("model", ["NODE", "HBNODE", "GNesterovNODE-exact"])
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "adaptive_heun"])
+def test_second_derivatives_of_discrete_are_those_of_backprop(model, method):
+    found = {}
+    for gradient in ("discrete", "backprop"):
+        layer = MODELS[model].layer(gradient=gradient, **options_for(method))
+        h, t = features(2, 2).requires_grad_(), TIMES[[0, 2, 3]].clone().requires_grad_()
+        wanted = [h, t, *layer.parameters()]
+        first = torch.autograd.grad(layer(h, t).pow(2).sum(), wanted, create_graph=True)
+        found[gradient] = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+    for ours, theirs in zip(found["discrete"], found["backprop"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives_of_the_adjoint_are_refused():
+    layer = MODELS["HBNODE"].layer(gradient="adjoint")
+    h = features(2, 2).requires_grad_()
+    with pytest.raises(RuntimeError, match="for second derivatives use"):
+        torch.autograd.grad(layer(h).pow(2).sum(), h, create_graph=True)
 
 
 @pytest.mark.parametrize("times", [[1.0, 2.0], [1.0, 1.25, 1.62, 2.0], [2.0, 1.62, 1.25, 1.0]])

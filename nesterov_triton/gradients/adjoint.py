@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
@@ -118,8 +117,13 @@ class _Adjoint(torch.autograd.Function):
         return tuple(states)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        # At once: once_differentiable lets torch.autograd.grad go by with zeros.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adjoint's gradient has no graph of its own (create_graph=True): for second derivatives use "
+                "gradient='discrete' or 'backprop'"
+            )
         problem: Problem = ctx.back
         check_parameters(problem)
         check_cotangents(cotangents)

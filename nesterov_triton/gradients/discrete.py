@@ -13,27 +13,33 @@ is one state an accepted step, and one step's graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nesterov_triton.flow import Cotangents, Flow, Linearisation
 from nesterov_triton.gradients.device_sweep import DeviceSweep
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_sweep import FusedFirstOrderSweep, FusedMomentumSweep
-from nesterov_triton.gradients.leaves import check_cotangents, check_leaves, check_parameters, without_hooks
+from nesterov_triton.gradients.leaves import (
+    check_cotangents,
+    check_leaves,
+    check_parameters,
+    refuse_unseen,
+    without_hooks,
+)
 from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
+from nesterov_triton.status import Stats
 from nesterov_triton.stepping.dense_output import dense_output
 from nesterov_triton.stepping.explicit_rk import table
 from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
-from nesterov_triton.stepping.loop import AcceptedStep
+from nesterov_triton.stepping.loop import AcceptedStep, LoopOptions
 from nesterov_triton.stepping.stepper import stage_times
 from nesterov_triton.tableaus import Tableau
 
@@ -43,6 +49,7 @@ class Discrete:
     """Gradient of the computed solution itself: exact to rounding, no error control and no rejected step in the
     backward pass. Memory: one state for each accepted step. The default.
 
+    Second derivatives (create_graph=True) are autograd's through the same steps, taken again with every operation kept.
     The field must give the same output when it is called again with the same input (no dropout inside).
     """
 
@@ -51,6 +58,9 @@ class Discrete:
         rest = (*problem.scalars.values(), *problem.params)
         states = _Discrete.apply(problem, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
         return list(states)
+
+
+Spans = Sequence[tuple[float, float, tuple[int, ...]]]  # t, t1, and the requested times in (t, t1], of each step
 
 
 class _Discrete(torch.autograd.Function):
@@ -66,11 +76,12 @@ class _Discrete(torch.autograd.Function):
         return tuple(states)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.problem
         check_parameters(problem)
         check_cotangents(cotangents)
+        if torch.is_grad_enabled():
+            return (None, *_with_graph(problem, ctx.spans, cotangents))
         starts = ctx.saved_tensors[-len(ctx.spans) :]
         needs = ctx.needs_input_grad
         n = len(problem.scalars)
@@ -88,7 +99,72 @@ class _Discrete(torch.autograd.Function):
         return None, adjoint, of_times if needs[2] else None, *totals.scalars.values(), *totals.of_params()
 
 
-Spans = Sequence[tuple[float, float, tuple[int, ...]]]
+def _with_graph(problem: Problem, spans: Spans, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The cotangents of the problem's inputs with their own graph, for second derivatives (create_graph=True)."""
+    if problem.stand_ins:
+        raise RuntimeError("second derivatives with tensors in args need gradient='backprop'")
+    given = [g for g in cotangents if g is not None]
+    present = [g is not None for g in cotangents]
+    found = _Second.apply(problem, spans, present, *problem.inputs, *given)  # type: ignore[no-untyped-call]
+    return tuple(found)
+
+
+class _Second(torch.autograd.Function):
+    """The same steps taken again by autograd, with every operation kept, from leaves: so that what leads to the inputs
+    stays out of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, spans: Spans, present: Sequence[bool], *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        n = len(problem.inputs)
+        own = n - len(problem.params)  # the state, the times and the scalars; the field has the parameters itself
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in tensors[:own]]
+        given = [g.detach().requires_grad_() for g in tensors[n:]]
+        grid = [spans[0][0], *(t1 for _, t1, _ in spans)]
+        again = replace(
+            problem,
+            z=leaves[0],
+            times=leaves[1],
+            scalars=dict(zip(problem.scalars, leaves[2:], strict=True)),
+            options=LoopOptions(problem.options.controller, grid=lambda _: grid, max_steps=len(spans)),
+            tolerance=None,
+            stats=Stats(),
+        )
+        with torch.enable_grad(), problem.without_autocast(), without_hooks(problem.params):
+            states = [
+                z for z, used in zip(forward(again, again.flow(), differentiable=True), present, strict=True) if used
+            ]
+            inputs = [*leaves, *problem.params]
+            for z in states:
+                refuse_unseen(z, inputs)
+            wanted = [x for x in inputs if x.requires_grad]
+            first = torch.autograd.grad(states, wanted, given, create_graph=True, allow_unused=True)
+        problem.stats.nfe_backward += again.stats.nfe_forward
+        problem.stats.path_backward = again.stats.path
+        ctx.first, ctx.leaves, ctx.wanted = first, [*inputs, *given], [x.requires_grad for x in inputs]
+        each = iter(first)
+        found = [next(each) if x.requires_grad else None for x in inputs]
+        return tuple(None if g is None else g.detach() for g in found)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("third derivatives need gradient='backprop'")
+        asked = [g for g, wanted in zip(cotangents, ctx.wanted, strict=True) if wanted]
+        pairs = [
+            (x, g) for x, g in zip(ctx.first, asked, strict=True) if x is not None and g is not None and x.requires_grad
+        ]
+        leaves = [x for x in ctx.leaves if x.requires_grad]
+        if not pairs:
+            return (None,) * (3 + len(ctx.leaves))
+        grads = torch.autograd.grad(
+            [x for x, _ in pairs], leaves, [g for _, g in pairs], retain_graph=True, allow_unused=True
+        )
+        each = iter(grads)
+        return None, None, None, *(next(each) if x.requires_grad else None for x in ctx.leaves)
+
+
 Cotangent = tuple[Tensor, Tensor | None, Totals]  # of the first state, of the requested times, of all else
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Problem:
         stats: counted on while the solve runs.
         autocast: the dtype of the autocast that the network runs under, forward and backward; None for none.
         loop: "auto", "eager" or "graph"; see `solve`.
+        stand_ins: by the id of one of `params`, the leaf that the field is given in its place where the strategy, not
+            autograd, differentiates: so that a graph behind it stays out of the field's own.
         inside: whether the right-hand side is seen from inside of a step at its ends; see `stage_times`.
     """
 
@@ -55,6 +57,7 @@ class Problem:
     autocast: torch.dtype | None = None
     loop: str = "auto"
     inside: bool = False
+    stand_ins: Mapping[int, Tensor] = field(default_factory=dict)
 
     def flow(self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None) -> Flow:
         """The system bound to this solve; `watch` and `on_output` as for `Network`."""
@@ -68,10 +71,11 @@ class Problem:
         """
         leaves = {name: value.detach().requires_grad_() for name, value in self.scalars.items()}
         wanted = {"time_grads": time_grads, "coefficient_grads": coefficient_grads}
+        params = tuple(self.stand_ins.get(id(p), p) for p in self.params) if self.stand_ins else self.params
         if not aliased or not isinstance(self.system.field, nn.Module):
-            return Flow(self.system, self._network(), leaves, self.params, **wanted)
-        field = Aliased(self.system.field)
-        return Flow(self.system, self._network(field=field), leaves, field.of(self.params), **wanted)
+            return Flow(self.system, self._network(), leaves, params, **wanted)
+        alias = Aliased(self.system.field)
+        return Flow(self.system, self._network(field=alias), leaves, alias.of(params), **wanted)
 
     def _network(
         self,

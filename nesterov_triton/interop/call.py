@@ -213,8 +213,21 @@ class Call:
     def states(self, times: Tensor, settings: Settings, state: Any = None) -> list[Tensor]:
         """The states at `times`, from the first state or from another one."""
         state = self.state if state is None else state
-        solution = run(self.system, state, self.h, times, settings, self.params, stats=self.stats)
+        stand_ins = self._hide_graphs(settings.gradient)
+        solution = run(self.system, state, self.h, times, settings, self.params, stats=self.stats, stand_ins=stand_ins)
         return list(solution.states)
+
+    def _hide_graphs(self, gradient: Gradient) -> dict[int, Tensor]:
+        """Leaves for the args that need gradients, if func is to be called with them; see `Problem.stand_ins`."""
+        adapted = self.adapted
+        if adapted is None or not torch.is_grad_enabled():
+            return {}
+        if isinstance(gradient, Backprop):
+            adapted.args = self.args
+            return {}
+        leaves = {id(a): a.detach().requires_grad_() for a in self.args if isinstance(a, Tensor) and a.requires_grad}
+        adapted.args = tuple(leaves.get(id(a), a) for a in self.args)
+        return leaves
 
     def result(self, states: Sequence[Tensor]) -> State:
         """The states stacked over a new first axis, in the form of y0."""
@@ -283,7 +296,7 @@ class Call:
             needed = {0, len(points) - 1}
             for x in requested:
                 k = bisect.bisect_left(keys, sign * x)
-                needed |= {k} if points[k] == x else {k - 1, k}
+                needed |= {k} if points[k] == x and not self._slides(k, points) else {k - 1, k}
             order = sorted(needed)
             settings = self.settings(gradient, loop)
             known = dict(zip(order, self.states(grid[order], settings), strict=True))
@@ -300,10 +313,12 @@ class Call:
     ) -> Tensor:
         sign = math.copysign(1.0, points[-1] - points[0])
         k = bisect.bisect_left(points, sign * x, key=lambda p: sign * p)
-        if points[k] == x:
+        if points[k] == x and not self._slides(k, points):
             return known[k]
         a, b, width = known[k - 1], known[k], grid[k] - grid[k - 1]
         theta = ((time - grid[k - 1]) / width).to(a.device, a.dtype)
+        if points[k] == x:
+            return b + (theta - theta.detach()) * (b - a).detach()
         if self.method.interp == "linear":
             return torch.lerp(a, b, theta)
         fa, fb = (self.slope(grid[i], z) for i, z in ((k - 1, a), (k, b)))
@@ -314,6 +329,10 @@ class Call:
             + theta * theta * (3 - 2 * theta) * b
             + dt * theta * rest * (rest * fa - theta * fb)
         )
+
+    def _slides(self, k: int, points: Sequence[float]) -> bool:
+        """Whether a requested time at this point of a grid of equal steps moves by itself, past the grid."""
+        return self.method.step_size is not None and self.times.requires_grad and 0 < k < len(points) - 1
 
     def slope(self, time: Tensor, z: Tensor) -> Tensor:
         """The function at one more place, [D]; counted."""

@@ -64,9 +64,9 @@ class Layout:
         """The tensors of the state(s) [..., D], in their shapes behind the leading ones."""
         whole = self.elements(z)
         if len(self.sizes) == 1:
-            return [whole.reshape(*z.shape[:-1], *self.shapes[0])]
+            return [whole.reshape((*z.shape[:-1], *self.shapes[0]))]
         pieces = torch.split(whole, self.sizes, dim=-1)
-        return [p.reshape(*z.shape[:-1], *shape) for p, shape in zip(pieces, self.shapes, strict=True)]
+        return [p.reshape((*z.shape[:-1], *shape)) for p, shape in zip(pieces, self.shapes, strict=True)]
 
     def state(self, z: Tensor) -> State:
         """The state(s) of [..., D], as the function takes them."""
