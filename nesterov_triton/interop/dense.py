@@ -102,7 +102,7 @@ def odeint_dense(
     name = opt.check_method(method)
     if name in opt.HANDED_OVER:
         raise ValueError(
-            f"odeint_dense is for this package's own methods, not for {name!r}; use one of {[*opt.NATIVE]}"
+            f"odeint_dense knows this package's own methods only, not {name!r}; use one of {[*opt.NATIVE]}"
         )
     ends = [x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64) for x in (t0, t1)]
     call = Call(
