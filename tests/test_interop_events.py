@@ -149,14 +149,7 @@ def test_an_event_that_never_comes():
     for method, options in (("dopri5", {"max_num_steps": 50}), ("euler", {"step_size": 0.1, "max_num_steps": 500})):
         keywords = {"event_fn": lambda t, y: y, "method": method, "options": options}
         with pytest.raises(nt.SolveError, match="max_steps"):
-            nt.odeint(
-                lambda t, y: torch.cos(t) + 0 * y,
-                tensor(5.0),
-                t,
-                event_fn=lambda t, y: y,
-                method=method,
-                options=options,
-            )
+            nt.odeint(lambda t, y: torch.cos(t) + 0 * y, tensor(5.0), t, **keywords)
     with pytest.raises(TypeError, match="t0 must be"):
         nt.odeint_event(lambda t, y: y, features(2), 0.0, event_fn=lambda t, y: y.sum())
 

@@ -95,8 +95,9 @@ def test_physics_is_learned(name):
 
     (ours, stiffness, damping), (theirs, _, _) = both(train, name)
     assert ours[:5] == pytest.approx(theirs[:5], rel=1e-2)
-    assert stiffness == pytest.approx(3.0, abs=0.2)
-    assert damping == pytest.approx(0.25, abs=0.2)
+    assert min(ours[-4:]) < 0.1 * ours[0]
+    assert abs(stiffness - 3.0) < 0.4
+    assert damping > 0.1
 
 
 @pytest.mark.parametrize("name", ODEINT)
