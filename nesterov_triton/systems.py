@@ -287,7 +287,8 @@ def heavy_ball(field: Field) -> Momentum:
 
 
 def generalised_heavy_ball(field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable") -> Momentum:
-    """GHBNODE (Xia et al. 2021): h' = σ(m), m' = -γ m + f(t, h) - ξ h, γ learnable in (0, 1)."""
+    """GHBNODE (Xia et al. 2021): h' = σ(m), m' = -γ m + f(t, h) - ξ h, γ learnable in (0, 1); for the arguments see
+    `Momentum`, σ is its gate_x."""
     return Momentum(field, damping="learnable", gate_x=gate, xi=xi)
 
 
@@ -299,7 +300,8 @@ def nesterov(field: Field, form: Form = "absorbed") -> Momentum:
 def gnesterov(
     field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable", form: Form = "absorbed"
 ) -> Momentum:
-    """GNesterovNODE (Nguyen et al. 2022): h = σ(k(t)) x, x' = σ(m), m' = -m - σ(f(t, h)) - ξ h, for t > 0."""
+    """GNesterovNODE (Nguyen et al. 2022): h = σ(k(t)) x, x' = σ(m), m' = -m - σ(f(t, h)) - ξ h, for t > 0; for the
+    arguments see `Momentum`, σ is its gate_x and gate_f."""
     return Momentum(field, nesterov=True, damping=1.0, sign=-1.0, gate_x=gate, gate_f=gate, xi=xi, form=form)
 
 

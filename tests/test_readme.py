@@ -1,5 +1,6 @@
 """The README's example runs, and what it says of names and errors is what the package says."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 import nesterov_triton as nt
 from nesterov_triton.gradients import GRADIENTS
+from nesterov_triton.interop.options import METHODS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -17,7 +19,7 @@ def section(title):
 
 
 def test_the_example_runs_and_learns():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", section("A layer in your own training loop"), re.DOTALL)[0]
     torch.manual_seed(0)
     scope = {}
     exec(compile(code, "README", "exec"), scope)
@@ -40,7 +42,7 @@ def test_every_layer_gradient_method_and_status_is_in_its_table():
     for name in nt.tableaus.TABLEAUS:
         assert f"`{name}`" in models
     for name in GRADIENTS:
-        assert f'| `"{name}"`' in section("Gradients")
+        assert f'| `"{name}"`' in section("Choosing a gradient")
     for status in nt.Status:
         assert status is nt.Status.SUCCESS or f"| `{status.name}` |" in section("Errors")
 
@@ -76,3 +78,51 @@ def test_the_errors_quoted_are_the_errors_raised(quoted, provoke):
     assert quoted in section("Errors")
     with pytest.raises((ValueError, TypeError), match=quoted):
         provoke(torch.ones(3, 2))
+
+
+def test_every_method_of_the_front_door_is_in_its_table():
+    text = section("Coming from torchdiffeq")
+    for name in METHODS:
+        assert re.search(rf"\b{name}\b", text)
+    for name in ("odeint", "odeint_adjoint", "odeint_event", "odeint_dense"):
+        assert f"`{name}" in text
+        assert name in nt.__all__
+
+
+def test_one_import_is_enough():
+    (line,) = re.findall(r"```python\n(.*?)\n```", section("Coming from torchdiffeq"), re.DOTALL)
+    scope = {}
+    exec(line, scope)
+    assert scope["odeint"] is nt.odeint_adjoint
+
+
+def public():
+    """Every public class and function, by the name that it is reached by."""
+    for name in nt.__all__:
+        thing = getattr(nt, name)
+        if not inspect.ismodule(thing):
+            yield f"nt.{name}", thing
+            continue
+        own = getattr(thing, "__all__", [n for n in vars(thing) if not n.startswith("_")])
+        for inner in own:
+            found = getattr(thing, inner)
+            if (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__.startswith(thing.__name__):
+                yield f"nt.{name}.{inner}", found
+
+
+@pytest.mark.parametrize(("name", "thing"), [pytest.param(*p, id=p[0]) for p in public()])
+def test_every_public_name_says_what_it_is(name, thing):
+    if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+        return
+    assert thing.__doc__, name
+    if inspect.isfunction(thing) and len(inspect.signature(thing).parameters) > 2:
+        # Every argument is named, or the function that explains it.
+        missing = [p for p in inspect.signature(thing).parameters if p not in thing.__doc__]
+        assert not missing or "see `" in thing.__doc__, (name, missing)
+    for method, function in vars(thing).items() if inspect.isclass(thing) else ():
+        if inspect.isfunction(function) and not method.startswith("_") and not _inherits(thing, method):
+            assert function.__doc__, f"{name}.{method}"
+
+
+def _inherits(thing, method):
+    return any(getattr(getattr(base, method, None), "__doc__", None) for base in thing.__mro__[1:])
