@@ -287,8 +287,10 @@ def heavy_ball(field: Field) -> Momentum:
 
 
 def generalised_heavy_ball(field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable") -> Momentum:
-    """GHBNODE (Xia et al. 2021): h' = σ(m), m' = -γ m + f(t, h) - ξ h, γ learnable in (0, 1); for the arguments see
-    `Momentum`, σ is its gate_x."""
+    """GHBNODE (Xia et al. 2021): h' = σ(m), m' = -γ m + f(t, h) - ξ h, γ learnable in (0, 1).
+
+    For the arguments see `Momentum`; σ is its gate_x.
+    """
     return Momentum(field, damping="learnable", gate_x=gate, xi=xi)
 
 
