@@ -12,6 +12,7 @@ from nesterov_triton.interop import options as opt
 from nesterov_triton.interop.call import Backward, Call
 from nesterov_triton.interop.handover import adjoint_by_torchdiffeq, by_torchdiffeq
 from nesterov_triton.interop.names import name_of, untraced
+from nesterov_triton.interop.rows import solve_rows
 from nesterov_triton.interop.states import Function
 from nesterov_triton.interop.until import solve_until
 from nesterov_triton.systems import System
@@ -31,6 +32,7 @@ def odeint(
     args: Sequence[Any] = (),
     gradient: GradientLike | None = None,
     return_stats: bool = False,
+    per_sample: bool = False,
 ) -> Any:
     """Solve dy/dt = func(t, y), y(t[0]) = y0, as `torchdiffeq.odeint` does.
 
@@ -55,6 +57,9 @@ def odeint(
             gradient of the steps taken: by "discrete", or by "backprop" where func uses tensors that need gradients and
             are not its parameters.
         return_stats: return the counts (`Stats`) too, last.
+        per_sample: adaptive steps for each row of y0, [batch, ...], by itself: a row takes the same steps, and has the
+            same answer up to func's own rounding, whatever the other rows are. func is then given the rows' times, of
+            shape [batch, 1, ...], which broadcasts with y. max_num_steps counts each row's steps, the stats sum them.
 
     Returns:
         The states at all times in the form of y0, each with a first axis of n; with `event_fn` (event time, states at
@@ -66,9 +71,14 @@ def odeint(
     """
     name = opt.check_method(method)
     if name in opt.HANDED_OVER:
-        _only_native(name, args=args, gradient=gradient, return_stats=return_stats)
+        _only_native(name, args=args, gradient=gradient, return_stats=return_stats, per_sample=per_sample)
         return by_torchdiffeq(func, y0, t, rtol=rtol, atol=atol, method=name, options=options, event_fn=event_fn)
     call = Call(func, y0, t, rtol, atol, name, options, args)
+    if per_sample:
+        if event_fn is not None:
+            raise ValueError("event_fn does not go with per_sample=True; drop one of them")
+        solution = call.result(solve_rows(call, gradient) if len(call.times) > 1 else [call.start])
+        return (solution, call.stats) if return_stats else solution
     return _solve(call, gradient, None, event_fn, return_stats)
 
 

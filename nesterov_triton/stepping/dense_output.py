@@ -28,6 +28,10 @@ class DenseOutput:
         """b_i(θ), [stages] float64 on the CPU."""
         return self._polynomials @ theta**self._powers
 
+    def weights_of(self, thetas: Tensor) -> Tensor:
+        """b_i of each of several θ, [n] float64 on the CPU: [stages, n]."""
+        return self._polynomials @ thetas ** self._powers[:, None]
+
     def slopes(self, theta: float) -> Tensor:
         """db_i/dθ, [stages] float64 on the CPU."""
         return self._polynomials @ (self._powers * theta ** (self._powers - 1))
