@@ -6,6 +6,8 @@ import pytest
 import scipy.linalg
 import torch
 import torchdiffeq
+from hypothesis import given
+from hypothesis import strategies as st
 from support import Field, features
 from torch import nn
 
@@ -529,6 +531,33 @@ def test_args_are_passed_and_differentiated():
         torch.testing.assert_close(g, exact, rtol=1e-5, atol=1e-6)
 
 
+def test_args_are_differentiated_where_the_solution_is_interpolated_by_slopes():
+    a, t = features(3, 3).requires_grad_(), tensor([0.0, 0.2, 1.0])
+    options = {"step_size": 0.5, "interp": "cubic"}
+    theirs = torchdiffeq.odeint(lambda t, y: torch.tanh(y @ a), start(), t, method="rk4", options=options)
+    (expected,) = torch.autograd.grad(theirs.square().sum(), a)
+    for gradient in ("discrete", "backprop"):
+        ours = nt.odeint(
+            lambda t, y, a: torch.tanh(y @ a), start(), t, args=(a,), method="rk4", options=options, gradient=gradient
+        )
+        (found,) = torch.autograd.grad(ours.square().sum(), a)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+def test_momentum_systems_are_interpolated_by_their_slopes():
+    system = nt.systems.gnesterov(Field(3, 4), form="exact").double()
+    state, t = (start(), start(seed=9)), tensor([1.0, 1.33, 2.0])
+    coarse = nt.odeint(system, state, t, method="rk4", options={"step_size": 0.1, "interp": "cubic"})
+    for ours, exact in zip(coarse, nt.odeint(system, state, t, rtol=1e-9, atol=1e-10), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+    grads = torch.autograd.grad(sum(x[1].sum() for x in coarse), list(system.parameters()))
+    fine = nt.odeint(system, state, t, rtol=1e-9, atol=1e-10)
+    for ours, exact in zip(
+        grads, torch.autograd.grad(sum(x[1].sum() for x in fine), list(system.parameters())), strict=True
+    ):
+        torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-3)
+
+
 def test_stats_count_what_was_called():
     f = field()
     y0 = start().requires_grad_()
@@ -567,3 +596,44 @@ def test_under_torch_compile_the_solve_stays_in_python():
         return nt.odeint(f, 2 * y, t)[-1] + 1
 
     torch.testing.assert_close(model(start()), nt.odeint(f, 2 * start(), t)[-1] + 1)
+
+
+# -- properties --------------------------------------------------------------------------------------------------------
+
+seeds = st.integers(0, 10_000)
+
+
+@given(seed=seeds, method=st.sampled_from(["dopri5", "dopri8", "tsit5", "bosh3"]), sign=st.sampled_from([1.0, -1.0]))
+def test_linear_systems_are_the_matrix_exponential(seed, method, sign):
+    a, y0 = features(3, 3, seed=seed), features(2, 3, seed=seed + 1)
+    t = sign * features(1, seed=seed + 2).abs().item() + 0.1 * sign
+    found = nt.odeint(lambda t, y: y @ a, y0, tensor([0.5, 0.5 + t]), method=method, rtol=1e-7, atol=1e-9)[-1]
+    exact = y0 @ torch.from_numpy(scipy.linalg.expm(a.numpy() * t))
+    assert (found - exact).abs().max() < 1e-4 * (1 + exact.abs().max())
+
+
+@given(seed=seeds)
+def test_back_in_time_is_where_it_came_from(seed):
+    f, y0, t = Field(3, 4, seed=seed), features(2, 3, seed=seed), tensor([0.0, 1.0])
+    there = nt.odeint(f, y0, t, rtol=1e-9, atol=1e-10)[-1]
+    back = nt.odeint(f, there, t.flip(0), rtol=1e-9, atol=1e-10)[-1]
+    torch.testing.assert_close(back, y0, rtol=1e-5, atol=1e-5)
+
+
+@given(seed=seeds, cut=st.floats(0.05, 0.95))
+def test_an_interval_may_be_split_at_an_output(seed, cut):
+    f, y0 = Field(3, 4, seed=seed), features(2, 3, seed=seed)
+    whole = nt.odeint(f, y0, tensor([0.0, cut, 1.0]), rtol=1e-8, atol=1e-9)
+    first = nt.odeint(f, y0, tensor([0.0, cut]), rtol=1e-8, atol=1e-9)[-1]
+    second = nt.odeint(f, first, tensor([cut, 1.0]), rtol=1e-8, atol=1e-9)[-1]
+    torch.testing.assert_close(whole[1], first, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole[2], second, rtol=1e-5, atol=1e-5)
+    # An output more changes nothing about the others.
+    assert torch.equal(nt.odeint(f, y0, tensor([0.0, 1.0]), rtol=1e-8, atol=1e-9)[-1], whole[2])
+
+
+@given(seed=seeds)
+def test_a_permuted_batch_gives_permuted_answers(seed):
+    f, y0, t = Field(3, 4, seed=seed), features(6, 3, seed=seed), tensor([0.0, 0.5, 1.0])
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(nt.odeint(f, y0[order], t), nt.odeint(f, y0, t)[:, order], rtol=1e-9, atol=1e-9)

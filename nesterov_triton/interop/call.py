@@ -21,7 +21,7 @@ from nesterov_triton.interop import options as opt
 from nesterov_triton.interop.names import name_of
 from nesterov_triton.interop.norms import AdjointMeasure, StateMeasure, Tolerances, tolerance
 from nesterov_triton.interop.states import Adapted, AdaptedModule, Function, Layout, State
-from nesterov_triton.solve import Settings, check_state, check_times, run
+from nesterov_triton.solve import Settings, bind, check_state, check_times, run
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping.loop import LoopOptions, fixed_steps
 from nesterov_triton.systems import FirstOrder, Momentum, System
@@ -35,7 +35,6 @@ class Backward:
     atol: Any = None
     method: str | None = None
     options: Mapping[str, Any] | None = None
-    params: Sequence[Tensor] | None = None
 
 
 class Call:
@@ -335,23 +334,12 @@ class Call:
         return self.method.step_size is not None and self.times.requires_grad and 0 < k < len(points) - 1
 
     def slope(self, time: Tensor, z: Tensor) -> Tensor:
-        """The function at one more place, [D]; counted."""
+        """The right-hand side at one more place, [D], with its graph; counted."""
         self.stats.nfe_forward += 1
-        t = time.to(z.device, self.layout.real)
         if self.adapted is not None:
-            return self.adapted(t, z.view(self.h.shape)).reshape(-1)
-        return self.momentum_slope(t, z)
-
-    def momentum_slope(self, t: Tensor, z: Tensor) -> Tensor:
-        """The right-hand side of a momentum system, [D], from its table in `systems`."""
-        system = self.system
-        assert isinstance(system, Momentum)
-        x, m = self.layout.parts(z)
-        wide = t.to("cpu", torch.float64)
-        c = system.coefficients(wide, system.damping, system.xi)
-        h = x if c.scale is None else x * c.scale.to(x)
-        u = system.field(t, h, m) if system.sees_momentum else system.field(t, h)
-        force = system.gate_f(u) * (system.sign if c.drive is None else c.drive.to(x))
-        if c.q is not None and c.minus_gamma is not None:
-            force = force + c.q.to(x) * x + c.minus_gamma.to(x) * m
-        return torch.cat((system.gate_x(m).reshape(-1), force.reshape(-1)))
+            # Not by the solve's own: that one may have leaves in place of args.
+            adapted = Adapted(self.func, self.layout, self.args)
+            return adapted(time.to(z.device, self.layout.real), z.view(self.h.shape)).reshape(-1)
+        settings = self.settings(Backprop(), self.method.loop)
+        flow = bind(self.system, self._state(z), self.h, self.times, settings, self.params, self.stats).flow()
+        return torch.cat(tuple(flow.derivative(flow.at(time.reshape(1)), 0, flow.open(z))))

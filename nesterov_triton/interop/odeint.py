@@ -135,7 +135,7 @@ def odeint_adjoint(
         )  # fmt: skip
     params = _checked_params(adjoint_params)
     call = Call(func, y0, t, rtol, atol, name, options, args, params)
-    backward = Backward(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, params)
+    backward = Backward(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
     return _solve(call, "adjoint" if gradient is None else gradient, backward, event_fn, return_stats)
 
 
