@@ -227,7 +227,7 @@ def run(
         with problem.without_autocast():
             backprop = isinstance(settings.gradient, gradients.Backprop)
             if not backprop:
-                check_transforms(problem, (*parameters(system.field), *params))
+                check_transforms(problem, (*problem.params, *problem.frozen, *params))
             # Only autograd itself knows what a closure needs gradients of.
             plain = backprop and (torch.is_grad_enabled() or transforms.active())
             if plain or problem.differentiable():
