@@ -11,10 +11,7 @@ Prints a Markdown table and writes `benchmarks/results/cpu.json`.
 
 from __future__ import annotations
 
-import gc
-import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -37,6 +34,7 @@ from benchmarks.problems import (
     relative_error,
 )
 from benchmarks.report import Line, run
+from benchmarks.timing import interleave as interleave
 
 WRONG = 1e-3  # the relative error of an answer or a gradient that ends the run: a hundred tolerances
 GRADIENTS = ("discrete", "adjoint", "backprop")
@@ -90,29 +88,6 @@ def check_answers(problem: Problem) -> dict[str, dict[str, float]]:
 
 
 # --- times
-
-
-def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """CPU seconds of each contender in each round; every round runs each one once, in a new order."""
-    order = list(contenders)
-    shuffle = random.Random(0).shuffle
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    # A collection belongs to no contender: between them, and only over what they left, or it would empty the caches.
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    for number in range(warm_up + rounds):
-        shuffle(order)
-        for name in order:
-            gc.collect()
-            start = time.process_time()
-            contenders[name]()
-            elapsed = time.process_time() - start
-            if number >= warm_up:
-                seconds[name].append(elapsed)
-    gc.enable()
-    gc.unfreeze()
-    return seconds
 
 
 def measure_times(problem: Problem, nfe: int, nfe_backward: int, rounds: int) -> dict[str, list[float]]:

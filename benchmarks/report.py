@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -65,6 +66,14 @@ def machine() -> str:
         names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
     return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+def folder() -> Path:
+    """Where this machine's results are kept, under a name made of the machine's own."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine().lower()).strip("-")
+    path = Path(__file__).parent / "results" / slug
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def versions(*packages: str) -> dict[str, str]:
