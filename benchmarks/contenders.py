@@ -121,7 +121,7 @@ def torchdiffeq_(case: Case, adjoint: bool = False, seminorm: bool = False) -> C
 # --- torchode and torchdyn
 
 
-class _Flat(nn.Module):
+class Flat(nn.Module):
     """The right-hand side on [batch, features], x and m side by side; the time is 0-d or [batch]."""
 
     def __init__(self, system: RightHandSide, case: Case) -> None:
@@ -150,10 +150,10 @@ class _Flat(nn.Module):
 
 
 def torchode_(case: Case, adjoint: bool = False) -> Contender:
-    torchode = _import("torchode")
+    torchode = load("torchode")
     if case.size == "convolutional":
         raise Absent("torchode gives every sample a time of its own, and this field takes one for all")
-    flat = _Flat(case.right_hand_side(), case)
+    flat = Flat(case.right_hand_side(), case)
     term = torchode.ODETerm(flat, with_stats=False)
     controller = torchode.IntegralController(atol=case.tolerance, rtol=case.tolerance, term=term)
     method = torchode.Dopri5(term=term)
@@ -172,8 +172,8 @@ def torchode_(case: Case, adjoint: bool = False) -> Contender:
 
 
 def torchdyn_(case: Case, adjoint: bool = False) -> Contender:
-    numerics, core = _import("torchdyn.numerics"), _import("torchdyn.core")
-    flat = _Flat(case.right_hand_side(), case)
+    numerics, core = load("torchdyn.numerics"), load("torchdyn.core")
+    flat = Flat(case.right_hand_side(), case)
     tolerances = {"atol": case.tolerance, "rtol": case.tolerance}
     problem = None
     if adjoint:
@@ -193,7 +193,7 @@ def torchdyn_(case: Case, adjoint: bool = False) -> Contender:
 
 
 def diffrax_(case: Case, backsolve: bool = False) -> Contender:
-    diffrax, jax = _import("diffrax"), _import("jax")
+    diffrax, jax = load("diffrax"), load("jax")
     jnp = jax.numpy
     if case.h0.device.type != {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()):
         raise Absent(f"jax runs on {jax.default_backend()} here, the case on {case.h0.device.type}")
@@ -273,7 +273,7 @@ def diffrax_(case: Case, backsolve: bool = False) -> Contender:
     )
 
 
-def _import(name: str) -> Any:
+def load(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

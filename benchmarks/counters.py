@@ -67,6 +67,7 @@ class OperatorCount(TorchDispatchMode):
         views: views and allocations outside the field, by name.
         host_reads: how often a value outside the field went to Python (`item`, `bool`, `tolist`, `numpy`,
             and operators whose result Python decides upon); on a GPU each one waits for the device.
+        moved: bytes that the operators of `solver` read and write, every argument and every result once.
     """
 
     def __init__(self, marked: MarkedField | None = None) -> None:
@@ -77,6 +78,7 @@ class OperatorCount(TorchDispatchMode):
         self.field: Counter[str] = Counter()
         self.views: Counter[str] = Counter()
         self.host_reads = 0
+        self.moved = 0
 
     @property
     def in_field(self) -> bool:
@@ -97,7 +99,18 @@ class OperatorCount(TorchDispatchMode):
         else:
             counter = self.field if self.in_field else self.views if _is_free(func) else self.solver
             counter[str(func)] += 1
+            if counter is self.solver:
+                result = func(*args, **(kwargs or {}))
+                self.moved += _bytes_moved(func, args, kwargs or {}, result)
+                return result
         return func(*args, **(kwargs or {}))
+
+
+def _bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    # What is written only is among the results, too: `out=` and the target of a copy.
+    read = args[1:] if func.overloadpacket is _aten.copy_ else args
+    inputs = _tensors((read, [value for name, value in kwargs.items() if not name.startswith("out")]))
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *_tensors((result,))))
 
 
 class _SilentReads(TorchFunctionMode):

@@ -57,6 +57,16 @@ def test_operators_of_a_marked_field_are_set_aside():
     assert count.host_reads == 1
 
 
+def test_bytes_moved_are_arguments_read_and_results_written():
+    x, out = torch.ones(10), torch.empty(10)
+    with OperatorCount() as count:
+        torch.add(x, x, out=out)  # two read, one written
+        out.copy_(x)  # one and one
+        out.mul_(2.0)  # one and one
+        x.view(2, 5).sum()  # ten values read, one written
+    assert count.moved == 4 * (30 + 20 + 20 + 11)
+
+
 def test_a_field_that_raises_is_marked_no_longer():
     field = MarkedField(lambda t, h: h.no_such_method())
     with pytest.raises(AttributeError):
