@@ -1,11 +1,11 @@
-"""`python -m benchmarks COMMAND`: sides, counts, precision, scaling, report; `COMMAND --help` says more."""
+"""`python -m benchmarks COMMAND`: sides or counts; `COMMAND --help` says more."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = {"sides": "sides", "counts": "counts", "precision": "precision", "scaling": "scaling", "report": "page"}
+COMMANDS = ("sides", "counts")
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     if command not in COMMANDS:
         print(__doc__)
         sys.exit(command not in ("-h", "--help"))
-    importlib.import_module(f"benchmarks.{COMMANDS[command]}").main(arguments)
+    importlib.import_module(f"benchmarks.{command}").main(arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import traffic
 from benchmarks.cases import MODELS, Case, RightHandSide
-from benchmarks.contenders import OURS, Absent, Flat, load, layer
+from benchmarks.contenders import OURS, Absent, Flat, layer, load
 from benchmarks.counters import LiveMemory, MarkedField, OperatorCount, per_step
 from benchmarks.report import commit, installed, today, versions
 from nesterov_triton import tableaus

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import MODELS, SIZES, TOLERANCE, Case
+from benchmarks.cases import MODELS, SIZES, TOLERANCE, Case, WrongAnswer
 from benchmarks.contenders import FORWARD, OURS, TRAIN, Absent, Contender, layer
 from benchmarks.report import commit, folder, installed, machine, today, versions
 from benchmarks.timing import interleave, ratio
@@ -58,7 +58,7 @@ def field_alone(case: Case, train: bool) -> Callable[[], object]:
 def build(
     case: Case, table: dict[str, Callable[[Case], Contender]], train: bool, compiled: bool
 ) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
-    """The contenders that can run, their answers checked; and their errors, or why they are left out."""
+    """The contenders that can run, their answers checked; and their errors, or why they are not timed."""
     calls: dict[str, Callable[[], object]] = {FIELD: field_alone(case, train)}
     answers: dict[str, Any] = {}
     for name, make in table.items():
@@ -71,6 +71,10 @@ def build(
         except Absent as why:
             answers[name] = {"left_out": str(why)}
             print(f"  {name}: left out, {why}", file=sys.stderr)
+            continue
+        except WrongAnswer as what:  # said and not timed; the others still are
+            answers[name] = {"wrong": str(what)}
+            print(f"  {name}: {what}", file=sys.stderr)
             continue
         call = solver.train if train else solver.forward
         call()
