@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from support import MODELS, Field, features, gradients, options_for
+from support import MODELS, Field, features, gradients, live_tensors, options_for
 from torch import nn
 
 import nesterov_triton as nt
@@ -472,7 +472,7 @@ def test_nothing_is_left_behind():
 
     def tensors():
         gc.collect()
-        return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+        return live_tensors()
 
     counts = []
     for i in range(30):
