@@ -15,13 +15,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.cpu import WRONG, interleave, layer
+from benchmarks import timing
+from benchmarks.cpu import WRONG, layer
 from benchmarks.problems import BOUND, SYSTEM, T0, T1, TOLERANCE, XI, Problem, TorchdiffeqSystem, relative_error
 from benchmarks.report import Line, installed, run
 
@@ -162,7 +164,7 @@ def _measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
     if rival is not None:
         others = dict(zip(("forward, diffrax", "train, diffrax"), rival, strict=True))
         answers["diffrax"] = check_diffrax(rival, truth)
-    times = interleave(
+    times = timing.interleave(
         others
         | {
             "forward, field": torch.no_grad()(field_calls),
@@ -181,9 +183,7 @@ def _measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
         rounds,
     )
 
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-
+    ratio = partial(timing.ratio, times)
     lines = [
         Line(
             "compiled, forward / calls of the compiled field", ratio("forward, compiled", "forward, field"), ("<=", 1.5)

@@ -14,12 +14,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import nesterov_triton as nt
+from benchmarks import timing
 from benchmarks.counters import LiveMemory, MarkedField, OperatorCount, PerStep, per_step
 from benchmarks.problems import (
     BOUND,
@@ -34,7 +36,6 @@ from benchmarks.problems import (
     relative_error,
 )
 from benchmarks.report import Line, run
-from benchmarks.timing import interleave as interleave
 
 WRONG = 1e-3  # the relative error of an answer or a gradient that ends the run: a hundred tolerances
 GRADIENTS = ("discrete", "adjoint", "backprop")
@@ -130,7 +131,7 @@ def measure_times(problem: Problem, nfe: int, nfe_backward: int, rounds: int) ->
     for gradient in GRADIENTS:
         contenders[f"train, solve {gradient}"] = train(package.solve, gradient=gradient, **tolerances)
         contenders[f"train, layer {gradient}"] = train(layers[gradient])
-    return interleave(contenders, rounds)
+    return timing.interleave(contenders, rounds)
 
 
 # --- counts
@@ -185,9 +186,7 @@ def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
         for method in ("dopri5", "rk4")
     }
 
-    def ratio(numerator: str, denominator: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
-
+    ratio = partial(timing.ratio, seconds)
     lines = []
     for way in ("solve", "layer"):
         lines.append(

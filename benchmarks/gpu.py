@@ -32,6 +32,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ if not GPU:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import nesterov_triton as nt  # noqa: E402
-from benchmarks import traffic  # noqa: E402
+from benchmarks import timing, traffic  # noqa: E402
 from benchmarks.problems import BOUND, T0, T1, TOLERANCE, XI, Problem, TorchdiffeqSystem, relative_error  # noqa: E402
 from benchmarks.report import Line, commit, table, today, versions  # noqa: E402
 from nesterov_triton.ops import dispatch  # noqa: E402
@@ -482,15 +483,14 @@ def compare(problem: Problem, scale: Scale, backpropagation: bool) -> dict[str, 
                 contenders["forward, compiled"] = forward(compiled)
     if backpropagation:
         contenders["train, odeint"] = train(peer.solve, **tolerances)
-    times = interleave(contenders, scale.rounds)
+    times = timing.interleave(contenders, scale.rounds, warm_up=2 if scale.rounds > 1 else 0, clock=clock)
     kernels = {name: count_kernels(call) for name, call in contenders.items()}
     contenders["forward"]()
     steps = ours["discrete"].stats
     peer.accepted = peer.rejected = 0
     contenders["forward, odeint"]()
 
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+    ratio = partial(timing.ratio, times)
 
     return {
         "elements": problem.h0.numel(),
@@ -511,20 +511,10 @@ def others(name: str) -> bool:
     return any(word in name for word in ("odeint", "plain", "eager", "compiled"))
 
 
-def interleave(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each contender in each round, in an order drawn anew."""
-    order, shuffle = list(contenders), random.Random(0).shuffle
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 2):
-        shuffle(order)
-        for name in order:
-            _synchronize()
-            start = time.perf_counter()
-            contenders[name]()
-            _synchronize()
-            if number >= 2 or rounds == 1:
-                found[name].append(time.perf_counter() - start)
-    return found
+def clock() -> float:
+    """Wall seconds once the device has done all it was given."""
+    _synchronize()
+    return time.perf_counter()
 
 
 def count_kernels(call: Callable[[], object]) -> int | None:

@@ -39,9 +39,7 @@ def forward(
         z = problem.z if differentiable else problem.z.detach()
         return integrate(stepper, z, problem.times.tolist(), problem.options, progress, on_accept)
     finally:
-        problem.stats.nfe_forward += flow.network.evaluations
-        problem.stats.accepted += progress.accepted
-        problem.stats.rejected += progress.rejected
+        problem.count(flow, progress)
 
 
 def _stepper(problem: Problem, flow: Flow, path: Path, differentiable: bool) -> Stepper:

@@ -16,7 +16,7 @@ from nesterov_triton.flow import Flow
 from nesterov_triton.kernels import Path
 from nesterov_triton.network import Network
 from nesterov_triton.status import Stats
-from nesterov_triton.stepping.loop import LoopOptions
+from nesterov_triton.stepping.loop import LoopOptions, Progress
 from nesterov_triton.stepping.stepper import Tolerance
 from nesterov_triton.systems import Field, System
 from nesterov_triton.tableaus import TABLEAUS, Tableau
@@ -100,6 +100,12 @@ class Problem:
         if TABLEAUS.get(self.tableau.name) is not self.tableau:
             return Path(False, f"the method {self.tableau.name!r} is not registered")
         return kernels.path(self.system, self.z.device, *((tolerance.rtol, tolerance.atol) if tolerance else ()))
+
+    def count(self, flow: Flow, progress: Progress) -> None:
+        """Add what a forward solve by this flow took to the stats."""
+        self.stats.nfe_forward += flow.network.evaluations
+        self.stats.accepted += progress.accepted
+        self.stats.rejected += progress.rejected
 
     @property
     def edge(self) -> torch.dtype | None:

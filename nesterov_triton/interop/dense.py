@@ -111,11 +111,10 @@ def odeint_dense(
     method_ = call.method
     if not method_.tableau.adaptive and method_.step_size is None:
         raise ValueError(f"options['step_size'] is missing: method {name!r} would take one step from t0 to t1")
-    gradient = call.gradient(None, None)
+    call.gradient(None, None)  # finds out whether anything needs one
     recorded = torch.is_grad_enabled() and not call.inert
     settings = call.settings(Backprop() if recorded else Discrete(), method_.loop)
     problem = bind(call.system, call.state, call.h, call.times.detach(), settings, call.params, call.stats)
-    del gradient
     flow, progress, pieces = problem.flow(), Progress(), list[Piece]()
     with torch.set_grad_enabled(recorded), problem.without_autocast():
         z = problem.z if recorded else problem.z.detach()
@@ -130,7 +129,5 @@ def odeint_dense(
         try:
             integrate(stepper, z, problem.times.tolist(), problem.options, progress, keep)
         finally:
-            call.stats.nfe_forward += flow.network.evaluations
-            call.stats.accepted += progress.accepted
-            call.stats.rejected += progress.rejected
+            problem.count(flow, progress)
     return DenseSolution(call.layout, stepper.dense, pieces, call.stats)

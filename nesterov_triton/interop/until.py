@@ -106,9 +106,7 @@ def solve_until(call: Call, event_fn: EventFunction, gradient: Gradient) -> tupl
             try:
                 integrate(stepper, z, (start, far), replace(loop, until=reached), progress)
             finally:
-                call.stats.nfe_forward += flow.network.evaluations
-                call.stats.accepted += progress.accepted
-                call.stats.rejected += progress.rejected
+                problem.count(flow, progress)
     time, state = found[0]
     like = call.given_t if isinstance(call.given_t, Tensor) else call.times
     event_t = at(time).to(like.device, like.dtype)

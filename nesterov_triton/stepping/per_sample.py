@@ -81,9 +81,7 @@ def integrate(
         short = active & (h.abs() <= 4 * torch.finfo(t.dtype).eps * t.abs()) & (~last | after_rejection)
         over = active & (attempts >= options.max_steps)
         if bool((short | over).any()):
-            raise fail(
-                Status.MAX_STEPS if bool(over.any()) else Status.STEP_UNDERFLOW, over if bool(over.any()) else short
-            )
+            raise fail(Status.MAX_STEPS, over) if bool(over.any()) else fail(Status.STEP_UNDERFLOW, short)
         stages = evaluate(f, tableau, t, h, t1, y, slope)
         y1 = combine(y, stages, tableau.b, h)
         error = combine(torch.zeros_like(y), stages, tableau.error[0], h)
