@@ -150,6 +150,11 @@ class Flow:
         return Packet(narrow.unbind(0), wide[:k].view(n, width), wide[k : k + 1])
 
     @property
+    def readable(self) -> bool:
+        """Whether γ and ξ are numbers: not in an ensemble under vmap."""
+        return not self._hidden
+
+    @property
     def numbers(self) -> tuple[float, float]:
         """γ and ξ of a momentum system in this solve; zeros of a first-order one."""
         system = self.system

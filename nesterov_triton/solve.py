@@ -17,6 +17,7 @@ from nesterov_triton._names import lookup
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.leaves import check_transforms, refuse_gradients
 from nesterov_triton.gradients.problem import Problem, parameters, trainable
+from nesterov_triton.nystrom import METHODS, Nystrom, check
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
 from nesterov_triton.stepping.loop import LoopOptions
@@ -89,7 +90,7 @@ class Settings:
         ValueError, TypeError: naming the argument and the fix.
     """
 
-    tableau: Tableau
+    tableau: Tableau | Nystrom
     rtol: Tensor | float
     atol: Tensor | float
     gradient: gradients.Gradient
@@ -113,9 +114,12 @@ class Settings:
         loop: Loop = "auto",
     ) -> Settings:
         """Check the options; see `solve` for their meaning."""
-        tableau = tableaus.get(method)
+        tableau = METHODS[method] if isinstance(method, str) and method in METHODS else tableaus.get(method)
+        either = isinstance(tableau, Nystrom)
         if tableau.adaptive:
-            if step_size is not None:
+            if step_size is not None and first_step is not None and either:
+                raise ValueError("step_size and first_step exclude each other: fixed steps, or adaptive ones")
+            if step_size is not None and not either:
                 raise ValueError(f"step_size belongs to fixed-step methods and {method!r} is adaptive; use first_step")
         elif step_size is None:
             raise ValueError(f"step_size is missing: {method!r} takes fixed steps; pass for example step_size=0.1")
@@ -268,6 +272,8 @@ def bind(
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1).contiguous()
+    if isinstance(settings.tableau, Nystrom):
+        check(settings.tableau, system)
     own = parameters(system.field)
     kind = h.device.type
     return Problem(
@@ -278,7 +284,7 @@ def bind(
         scalars={name: value.to("cpu", torch.float64) for name, value in system.scalars().items()},
         params=trainable((*own, *params)),
         frozen=tuple(p for p in own if not p.requires_grad),
-        tableau=settings.tableau,
+        method=settings.tableau,
         tolerance=_for_state(settings, system.rows, h) if _controlled(settings) else None,
         options=settings.options,
         stats=stats,
@@ -401,7 +407,8 @@ def _for_state(settings: Settings, rows: int, h: Tensor) -> Tolerance:
 
 def _controlled(settings: Settings) -> bool:
     """Whether the error decides about steps."""
-    return settings.tableau.adaptive and settings.options.grid is None
+    options = settings.options
+    return settings.tableau.adaptive and options.grid is None and options.step_size is None
 
 
 def _tolerance(name: str, value: object) -> Tensor | float:

@@ -17,6 +17,7 @@ from nesterov_triton.compiled.gradients import Adjoint, Counts, Discrete, Settin
 from nesterov_triton.compiled.loop import Plan
 from nesterov_triton.compiled.system import Bound
 from nesterov_triton.gradients import leaves
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.status import Stats
 from nesterov_triton.stepping.controllers import PI, Integral
 from nesterov_triton.stepping.loop import LoopOptions
@@ -73,6 +74,11 @@ def run(
     kind = h.device.type
     autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     gradient, controller = settings.gradient, settings.options.controller
+    if isinstance(settings.tableau, Nystrom):
+        raise RuntimeError(
+            f"method {settings.tableau.name!r} cannot be traced by torch.compile: take a Runge-Kutta method such as "
+            "'dopri5', or leave the layer outside of the compiled region (torch.compiler.disable)"
+        )
     if type(controller) not in (Integral, PI):
         raise RuntimeError(
             f"controller {type(controller).__name__} may have a rule of its own, which torch.compile cannot trace: "

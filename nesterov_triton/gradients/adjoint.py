@@ -25,6 +25,7 @@ from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
 from nesterov_triton.gradients.totals import Totals
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
 from nesterov_triton.stepping import device_loop
@@ -41,7 +42,7 @@ class Adjoint:
 
     Args:
         rtol, atol: tolerances of the backward solve; None for the forward ones.
-        method: its method; None for the forward one. With a fixed-step method the forward step size is used.
+        method: its method; None for the forward one, or dopri5 where that is one for momentum systems alone. With a fixed-step method the forward step size is used.
         quadratures_in_norm: let the parameters' quadratures take part in the error control of the backward solve, as
             torchdiffeq does unless told otherwise; the norm is then the larger of the state's and theirs.
         options: what its loop is told; None for what the forward loop is told.
@@ -82,12 +83,13 @@ class Adjoint:
         Raises:
             ValueError: a fixed-step method is asked for and the forward solve has no step size, or the reverse.
         """
-        tableau = problem.tableau if self.method is None else self._tableau(self.method)
+        own_method = "dopri5" if isinstance(problem.method, Nystrom) else problem.method
+        tableau = self._tableau(own_method if self.method is None else self.method)
         options = problem.options if self.options is None else self.options
         if not tableau.adaptive:
             if options.step_size is None and self.options is None:
                 raise ValueError(f"Adjoint method {tableau.name!r} takes fixed steps: pass step_size to the solve")
-            return replace(problem, tableau=tableau, tolerance=None, options=options)
+            return replace(problem, method=tableau, tolerance=None, options=options)
         own = problem.tolerance
         if own is None and (self.rtol is None or self.atol is None):
             raise ValueError(
@@ -97,7 +99,7 @@ class Adjoint:
         atol = self.atol if self.atol is not None else own.atol  # type: ignore[union-attr]
         twice = [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in (rtol, atol)]
         tolerance = Tolerance(twice[0], twice[1], None if self.measure is None else self._of_halves)
-        return replace(problem, tableau=tableau, tolerance=tolerance, options=options)
+        return replace(problem, method=tableau, tolerance=tolerance, options=options)
 
     def _of_halves(self, error: Tensor, z: Tensor, z1: Tensor) -> Tensor | float:
         """`measure` of the joint state alone, [2 D]."""

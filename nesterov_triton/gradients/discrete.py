@@ -31,8 +31,10 @@ from nesterov_triton.gradients.leaves import (
     without_hooks,
 )
 from nesterov_triton.gradients.on_device import declined, on_device
+from nesterov_triton.gradients.nystrom_sweep import NystromSweep
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.totals import Totals, accumulate
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.status import Stats
@@ -178,12 +180,18 @@ def _one_by_one(
 ) -> Cotangent:
     """The sweep over the accepted steps: t, t1 and the requested times in (t, t1] of each, and where it started."""
 
+    if isinstance(problem.method, Nystrom):
+        own = NystromSweep(problem.method, flow, problem.times.tolist())
+        adjoint = torch.zeros_like(problem.z)
+        for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
+            adjoint = own.forth_and_back(t, t1, z, adjoint, _given(outputs, cotangents))
+        return own.finish(adjoint), own.times, own.totals
+
     def back(copies: bool) -> Cotangent:
         sweep = _sweep(kernels, problem, flow, copies)
         adjoint = torch.zeros_like(problem.z)
         for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
-            wanted = [(k, cotangents[k - 1]) for k in outputs]
-            adjoint = sweep.step(t, t1, z, adjoint, [(k, g) for k, g in wanted if g is not None])
+            adjoint = sweep.step(t, t1, z, adjoint, _given(outputs, cotangents))
         sweep.finish()
         return adjoint, sweep.times, sweep.totals
 
@@ -193,6 +201,12 @@ def _one_by_one(
         if not kernels or not is_overwritten(error):
             raise
         return back(True)
+
+
+def _given(outputs: Sequence[int], cotangents: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """The cotangents of these requested states that there are, with their indices."""
+    wanted = [(k, cotangents[k - 1]) for k in outputs]
+    return [(k, g) for k, g in wanted if g is not None]
 
 
 def _on_device(

@@ -9,11 +9,13 @@ from nesterov_triton.flow import Flow
 from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.kernels import Path
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.stepping import device_loop
 from nesterov_triton.stepping.device_loop import DeviceLoop
 from nesterov_triton.stepping.explicit_rk import ExplicitRK
 from nesterov_triton.stepping.fused_rk import FusedFirstOrderRK, FusedMomentumRK
 from nesterov_triton.stepping.loop import AcceptedStep, OnAccept, Progress, integrate
+from nesterov_triton.stepping.nystrom import NystromStepper
 from nesterov_triton.stepping.stepper import Stepper, TimeAxis
 
 
@@ -49,6 +51,10 @@ def _stepper(problem: Problem, flow: Flow, path: Path, differentiable: bool) -> 
         return _fused(problem, flow, dense)
     moving = problem.times.requires_grad or transforms.carries(problem.times)
     axis = TimeAxis(problem.times) if differentiable and moving else None
+    if isinstance(problem.method, Nystrom):
+        return NystromStepper(
+            problem.method, flow, problem.z, problem.tolerance, differentiable=differentiable, axis=axis
+        )
     return ExplicitRK(
         problem.tableau,
         flow,

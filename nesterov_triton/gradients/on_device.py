@@ -13,6 +13,7 @@ from nesterov_triton import transforms
 from nesterov_triton.flow import Flow
 from nesterov_triton.gradients.leaves import unseen_leaves
 from nesterov_triton.gradients.problem import Problem
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.network import Evaluation
 from nesterov_triton.stepping import graphs
 from nesterov_triton.stepping.controllers import PI, Integral
@@ -138,6 +139,8 @@ def _objection(problem: Problem) -> str:
     controller, tolerance = problem.options.controller, problem.tolerance
     if problem.loop == "eager":
         return "loop='eager'"
+    if isinstance(problem.method, Nystrom):
+        return f"the method {problem.method.name!r} has no loop on the device yet"
     if problem.loop == "auto" and problem.z.device.type != "cuda":
         return f"the state is on the {problem.z.device.type.upper()}"
     if problem.loop == "auto" and not AUTO:

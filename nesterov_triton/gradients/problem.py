@@ -15,6 +15,7 @@ from nesterov_triton import kernels
 from nesterov_triton.flow import Flow
 from nesterov_triton.kernels import Path
 from nesterov_triton.network import Network
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.status import Stats
 from nesterov_triton.stepping.loop import LoopOptions, Progress
 from nesterov_triton.stepping.stepper import Tolerance
@@ -49,7 +50,7 @@ class Problem:
     times: Tensor
     scalars: dict[str, Tensor]
     params: tuple[Tensor, ...]
-    tableau: Tableau
+    method: Tableau | Nystrom
     tolerance: Tolerance | None
     options: LoopOptions
     stats: Stats
@@ -88,6 +89,8 @@ class Problem:
 
     def path(self) -> Path:
         """What does the elementwise work of this solve, unless autograd is to see all of it."""
+        if isinstance(self.method, Nystrom):
+            return Path(False, f"the method {self.method.name!r} is plain torch")
         tolerance, found = self.tolerance, kernels.path(self.system, self.z.device)
         if not found.kernels:
             return found
@@ -100,6 +103,12 @@ class Problem:
         if TABLEAUS.get(self.tableau.name) is not self.tableau:
             return Path(False, f"the method {self.tableau.name!r} is not registered")
         return kernels.path(self.system, self.z.device, *((tolerance.rtol, tolerance.atol) if tolerance else ()))
+
+    @property
+    def tableau(self) -> Tableau:
+        """The method, of those that take any system."""
+        assert isinstance(self.method, Tableau)
+        return self.method
 
     def count(self, flow: Flow, progress: Progress) -> None:
         """Add what a forward solve by this flow took to the stats."""
