@@ -18,8 +18,8 @@ With a gate σ_x the positions are integrals of gated momenta at nodes d_q, whic
 
 which is the first scheme again where σ_x is the identity and γ = 0: a_ij = sum_q w_iq p_qj. For `nystrom4` the
 momentum between the nodes is the integral of the polynomial through the forces so far, and each position is a Gauss
-quadrature of it: that keeps order 4 for every smooth gate. In a splitting each M_q comes from the one before by a kick, and each
-position from the one before by a drift (a partitioned Runge-Kutta method with a diagonal of its own).
+quadrature of it: that keeps order 4 for every smooth gate. In a splitting each M_q comes from the one before by a kick,
+and each position from the one before by a drift (a partitioned Runge-Kutta method with a diagonal of its own).
 
 A new method is one more entry here. Sources, by the name used below:
 
@@ -162,6 +162,7 @@ def _polynomial_paths(c: Sequence[float], a: Rows) -> Gated:
     for i in range(1, len(c)):
         for g in (0.5 - math.sqrt(3) / 6, 0.5 + math.sqrt(3) / 6):
             d = g * c[i]
+            row: tuple[float, ...]
             if i == 2:  # a constant and a linear part: the integral from 0 to d of theta, theta being a21's
                 slope = 6 * a[2][1] / c[2] ** 3
                 row = (d - slope * d * d / 2, slope * d * d / 2)
@@ -196,14 +197,14 @@ _SHARE = 1 / 32
 
 def _nystrom4() -> Nystrom:
     """RKN4(3)4FM of DEP."""
-    c = (0, Fraction(1, 4), Fraction(7, 10), 1)
+    c = (Fraction(0), Fraction(1, 4), Fraction(7, 10), Fraction(1))
     a = _floats([
         (),
         (Fraction(1, 32),),
         (Fraction(7, 1000), Fraction(119, 500)),
         (Fraction(1, 14), Fraction(8, 27), Fraction(25, 189)),
     ])  # fmt: skip
-    y = (Fraction(1, 14), Fraction(8, 27), Fraction(25, 189), 0)
+    y = (Fraction(1, 14), Fraction(8, 27), Fraction(25, 189), Fraction(0))
     v = (Fraction(1, 14), Fraction(32, 81), Fraction(250, 567), Fraction(5, 54))
     y_hat = (Fraction(-7, 150), Fraction(67, 150), Fraction(3, 20), Fraction(-1, 20))
     v_hat = (Fraction(13, 21), Fraction(-20, 27), Fraction(275, 189), Fraction(-1, 3))

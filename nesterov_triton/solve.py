@@ -17,6 +17,7 @@ from nesterov_triton._names import lookup
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.leaves import check_transforms, refuse_gradients
 from nesterov_triton.gradients.problem import Problem, parameters, trainable
+from nesterov_triton.gradients.reversible import check as check_reversible
 from nesterov_triton.nystrom import METHODS, Nystrom, check
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
@@ -135,6 +136,8 @@ class Settings:
             raise ValueError("rtol and atol are both 0; give at least one of them a positive value")
         lookup("loop", loop, dict.fromkeys(LOOPS))
         strategy = gradients.get(gradient)
+        if isinstance(strategy, gradients.Reversible):
+            check_reversible(tableau)
         if loop == "graph" and isinstance(strategy, gradients.Backprop):
             raise ValueError("loop='graph' and gradient='backprop' exclude each other: leave one of them out")
         options = LoopOptions(controllers.get(controller), step_size, first_step, max_steps)

@@ -11,6 +11,7 @@ from nesterov_triton.gradients.adjoint import Adjoint
 from nesterov_triton.gradients.backprop import Backprop
 from nesterov_triton.gradients.discrete import Discrete
 from nesterov_triton.gradients.problem import Problem
+from nesterov_triton.gradients.reversible import Reversible
 
 
 @runtime_checkable
@@ -23,7 +24,12 @@ class Gradient(Protocol):
 
 GradientLike: TypeAlias = str | Gradient
 
-GRADIENTS: dict[str, Gradient] = {"discrete": Discrete(), "adjoint": Adjoint(), "backprop": Backprop()}
+GRADIENTS: dict[str, Gradient] = {
+    "discrete": Discrete(),
+    "adjoint": Adjoint(),
+    "reversible": Reversible(),
+    "backprop": Backprop(),
+}
 
 
 def get(gradient: GradientLike) -> Gradient:
@@ -40,4 +46,4 @@ def get(gradient: GradientLike) -> Gradient:
     raise TypeError(f"gradient must be a name or a strategy object, got {gradient!r}")
 
 
-__all__ = ["GRADIENTS", "Adjoint", "Backprop", "Discrete", "Gradient", "GradientLike", "get"]
+__all__ = ["GRADIENTS", "Adjoint", "Backprop", "Discrete", "Gradient", "GradientLike", "Reversible", "get"]

@@ -42,7 +42,8 @@ class Adjoint:
 
     Args:
         rtol, atol: tolerances of the backward solve; None for the forward ones.
-        method: its method; None for the forward one, or dopri5 where that is one for momentum systems alone. With a fixed-step method the forward step size is used.
+        method: its method; None for the forward one, or dopri5 where that is one for momentum systems alone. With a
+            fixed-step method the forward step size is used.
         quadratures_in_norm: let the parameters' quadratures take part in the error control of the backward solve, as
             torchdiffeq does unless told otherwise; the norm is then the larger of the state's and theirs.
         options: what its loop is told; None for what the forward loop is told.

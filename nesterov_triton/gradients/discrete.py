@@ -30,8 +30,8 @@ from nesterov_triton.gradients.leaves import (
     refuse_unseen,
     without_hooks,
 )
+from nesterov_triton.gradients.nystrom_sweep import NystromSweep, given
 from nesterov_triton.gradients.on_device import declined, on_device
-from nesterov_triton.gradients.nystrom_sweep import NystromSweep
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.nystrom import Nystrom
@@ -184,14 +184,14 @@ def _one_by_one(
         own = NystromSweep(problem.method, flow, problem.times.tolist())
         adjoint = torch.zeros_like(problem.z)
         for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
-            adjoint = own.forth_and_back(t, t1, z, adjoint, _given(outputs, cotangents))
+            adjoint = own.forth_and_back(t, t1, z, adjoint, given(outputs, cotangents))
         return own.finish(adjoint), own.times, own.totals
 
     def back(copies: bool) -> Cotangent:
         sweep = _sweep(kernels, problem, flow, copies)
         adjoint = torch.zeros_like(problem.z)
         for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
-            adjoint = sweep.step(t, t1, z, adjoint, _given(outputs, cotangents))
+            adjoint = sweep.step(t, t1, z, adjoint, given(outputs, cotangents))
         sweep.finish()
         return adjoint, sweep.times, sweep.totals
 
@@ -201,12 +201,6 @@ def _one_by_one(
         if not kernels or not is_overwritten(error):
             raise
         return back(True)
-
-
-def _given(outputs: Sequence[int], cotangents: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
-    """The cotangents of these requested states that there are, with their indices."""
-    wanted = [(k, cotangents[k - 1]) for k in outputs]
-    return [(k, g) for k, g in wanted if g is not None]
 
 
 def _on_device(

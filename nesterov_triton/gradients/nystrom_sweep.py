@@ -11,6 +11,7 @@ on the CPU in float64, takes to the times, γ and ξ.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,21 @@ from nesterov_triton.stepping.nystrom import Layout, Numbers
 from nesterov_triton.stepping.stepper import stage_times
 
 Outputs = Sequence[tuple[int, Tensor]]  # index of a requested time, cotangent [D]
+
+
+def given(outputs: Sequence[int], cotangents: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """The cotangents of these requested states that there are, with their indices."""
+    wanted = [(k, cotangents[k - 1]) for k in outputs]
+    return [(k, g) for k, g in wanted if g is not None]
+
+
+class Checkpoint(NamedTuple):
+    """What `NystromSweep` had found at some step."""
+
+    totals: Totals
+    times: Tensor
+    owed: Tensor | None
+    step: _Step | None
 
 
 class NystromSweep:
@@ -63,12 +79,24 @@ class NystromSweep:
         z = step.take(z1, forward=False)
         return self._transpose(step, adjoint, outputs), z
 
+    def checkpoint(self) -> Checkpoint:
+        """All that was found so far, for `restore`."""
+        totals = Totals(self.flow)
+        totals.take(self.totals)
+        return Checkpoint(totals, self.times.clone(), self._owed, self._step)
+
+    def restore(self, found: Checkpoint) -> None:
+        """Go on from there again."""
+        self.totals, self.times, self._owed, self._step = found
+        self._next = self._value = None  # used up
+
     def finish(self, adjoint: Tensor) -> Tensor:
         """The cotangent of the first state, [D], from what its step gave."""
         step = self._step
         if step is None:
             return adjoint
-        assert self._next is not None and self._owed is not None
+        assert self._next is not None
+        assert self._owed is not None
         of_x = step.pull(0, self._next, self._owed)
         step.count()
         x, m = adjoint.view(2, -1).unbind(0)
@@ -255,9 +283,7 @@ class _Step:
         # What each number moves with: a requested time, by its index, or a scalar.
         owners: list[int | str] = [0, last if self.t1 == sweep.requested[last] else 0, *(k for k, _ in self.inside)]
         numbers = [self.t, self.t1, *(sweep.requested[k] for k, _ in self.inside)]
-        leaves = [
-            torch.tensor(x, dtype=torch.float64, device="cpu", requires_grad=flow.time_grads) for x in numbers
-        ]
+        leaves = [torch.tensor(x, dtype=torch.float64, device="cpu", requires_grad=flow.time_grads) for x in numbers]
         t, t1, *requested = leaves
         gamma = flow.scalars.get("damping", system.fixed_damping)
         xi = flow.scalars.get("xi", system.fixed_xi)
@@ -276,7 +302,7 @@ class _Step:
         if not pairs:
             return
         wanted = [(owner, leaf) for owner, leaf in zip(owners, leaves, strict=True) if leaf.requires_grad]
-        grads = torch.autograd.grad(
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
             [value for value, _ in pairs], [leaf for _, leaf in wanted], [c for _, c in pairs], allow_unused=True
         )
         for (owner, _), g in zip(wanted, grads, strict=True):

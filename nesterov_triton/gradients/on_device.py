@@ -13,8 +13,8 @@ from nesterov_triton import transforms
 from nesterov_triton.flow import Flow
 from nesterov_triton.gradients.leaves import unseen_leaves
 from nesterov_triton.gradients.problem import Problem
-from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.network import Evaluation
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.stepping import graphs
 from nesterov_triton.stepping.controllers import PI, Integral
 from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten

@@ -187,7 +187,7 @@ class Layout:
         """Its parts, as views."""
         parts = [
             part.view(shape)
-            for part, shape in zip(vector.split([math.prod(x) for x in self.shapes]), self.shapes, strict=True)
+            for part, shape in zip(torch.split(vector, [math.prod(x) for x in self.shapes]), self.shapes, strict=True)
         ]
         named = {name: part.unbind(0) for name, part in zip(self.moments, parts, strict=False)}
         nothing = (None,) * self.method.stages

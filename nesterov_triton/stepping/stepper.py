@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.tableaus import Tableau
 
 Measure = Callable[[Tensor, Tensor, Tensor], "Tensor | float"]
@@ -81,9 +82,11 @@ class Stepper(Protocol):
         axis: the differentiable times, where autograd is to give gradients with respect to them.
     """
 
-    tableau: Tableau
     tolerance: Tolerance | None
     axis: TimeAxis | None
+
+    @property
+    def tableau(self) -> Tableau | Nystrom: ...
 
     def first_derivative(self, t: float, z: Tensor) -> Tensor:
         """The right-hand side at the start, [D]; kept for the first step."""
