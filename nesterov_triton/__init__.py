@@ -9,7 +9,7 @@
 `odeint_dense` do what torchdiffeq's functions of these names do.
 """
 
-from nesterov_triton import gates, gradients, kernels, systems, tableaus
+from nesterov_triton import gates, gradients, kernels, methods, systems, tableaus
 from nesterov_triton.interop import odeint, odeint_adjoint, odeint_dense, odeint_event
 from nesterov_triton.nn import ANODE, GHBNODE, HBNODE, NODE, SONODE, GNesterovNODE, NesterovNODE
 from nesterov_triton.solve import Solution, solve
@@ -34,6 +34,7 @@ __all__ = [
     "gates",
     "gradients",
     "kernels",
+    "methods",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

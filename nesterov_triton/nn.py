@@ -28,12 +28,14 @@ class Layer(nn.Module):
         t: two or more strictly monotone times, either direction; an `nn.Parameter` or tensor that requires gradients is
             differentiated.
         method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8, prince_dormand8; fixed-step euler,
-            midpoint, heun2, heun3, rk4, rk4_38.
+            midpoint, heun2, heun3, rk4, rk4_38; for momentum systems nystrom4, nystrom6, strang, blanes_moan4, or
+            "auto": see `nesterov_triton.solve`.
         rtol, atol: tolerances of an adaptive method, numbers or tensors that broadcast with h.
         gradient: "discrete" (exact gradient of the steps taken), "adjoint" (the adjoint equation, memory independent of
-            the number of steps), "backprop" (plain autograd, also second derivatives), or an object.
-        controller: "integral", "pi", or an object.
-        step_size: the step of a fixed-step method.
+            the number of steps), "reversible" (exact too, the steps taken back), "backprop" (plain autograd, also
+            second derivatives), or an object.
+        controller: "integral", "pi", or an object; None for the method's own.
+        step_size: the step of a fixed-step method, or of one for momentum systems.
         first_step: the first step of an adaptive method; chosen by itself without.
         max_steps: attempted steps allowed.
         loop: "auto", "eager" or "graph": see `nesterov_triton.solve`.
@@ -81,8 +83,10 @@ class Layer(nn.Module):
     def extra_repr(self) -> str:
         s = self.settings
         step = "" if s.options.step_size is None else f", step_size={s.options.step_size}"
-        tolerance = f", rtol={s.rtol}, atol={s.atol}" if s.tableau.adaptive else ""
-        return f"method={s.tableau.name}{step}{tolerance}, gradient={type(s.gradient).__name__.lower()}"
+        adaptive = s.tableau.adaptive and s.options.step_size is None
+        tolerance = f", rtol={s.rtol}, atol={s.atol}" if adaptive else ""
+        name = "auto" if s.auto else s.tableau.name
+        return f"method={name}{step}{tolerance}, gradient={type(s.gradient).__name__.lower()}"
 
 
 def _option_names(layer: type[Layer]) -> dict[str, None]:

@@ -6,25 +6,25 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nesterov_triton import gradients, tableaus, transforms
+from nesterov_triton import gradients, methods, transforms
 from nesterov_triton._names import lookup
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.leaves import check_transforms, refuse_gradients
 from nesterov_triton.gradients.problem import Problem, parameters, trainable
 from nesterov_triton.gradients.reversible import check as check_reversible
-from nesterov_triton.nystrom import METHODS, Nystrom, check
+from nesterov_triton.methods import Method
+from nesterov_triton.nystrom import Nystrom, check
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping import controllers
 from nesterov_triton.stepping.loop import LoopOptions
 from nesterov_triton.stepping.stepper import Measure, Tolerance
 from nesterov_triton.systems import System, as_system
-from nesterov_triton.tableaus import Tableau
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 Times: TypeAlias = Sequence[float] | Tensor
@@ -76,7 +76,7 @@ class Options(TypedDict, total=False):
     rtol: Tensor | float
     atol: Tensor | float
     gradient: gradients.GradientLike
-    controller: controllers.ControllerLike
+    controller: controllers.ControllerLike | None
     step_size: float | None
     first_step: float | None
     max_steps: int
@@ -91,7 +91,7 @@ class Settings:
         ValueError, TypeError: naming the argument and the fix.
     """
 
-    tableau: Tableau | Nystrom
+    tableau: Method
     rtol: Tensor | float
     atol: Tensor | float
     gradient: gradients.Gradient
@@ -99,6 +99,8 @@ class Settings:
     loop: Loop = "auto"
     measure: Measure | None = None  # as in `Tolerance`
     inside: bool = False  # as in `Problem`
+    auto: bool = False  # the method is to be chosen when the system is known; until then it is the general one
+    controller: controllers.ControllerLike | None = None  # as given
 
     @classmethod
     def make(
@@ -108,18 +110,21 @@ class Settings:
         rtol: Tensor | float = 1e-5,
         atol: Tensor | float = 1e-5,
         gradient: gradients.GradientLike = "discrete",
-        controller: controllers.ControllerLike = "integral",
+        controller: controllers.ControllerLike | None = None,
         step_size: float | None = None,
         first_step: float | None = None,
         max_steps: int = 10_000,
         loop: Loop = "auto",
     ) -> Settings:
         """Check the options; see `solve` for their meaning."""
-        tableau = METHODS[method] if isinstance(method, str) and method in METHODS else tableaus.get(method)
+        tableau = methods.get(method)
+        auto = method == "auto"
         either = isinstance(tableau, Nystrom)
         if tableau.adaptive:
             if step_size is not None and first_step is not None and either:
                 raise ValueError("step_size and first_step exclude each other: fixed steps, or adaptive ones")
+            if step_size is not None and auto:
+                raise ValueError("method='auto' chooses an adaptive method; with step_size name one, such as 'rk4'")
             if step_size is not None and not either:
                 raise ValueError(f"step_size belongs to fixed-step methods and {method!r} is adaptive; use first_step")
         elif step_size is None:
@@ -136,12 +141,21 @@ class Settings:
             raise ValueError("rtol and atol are both 0; give at least one of them a positive value")
         lookup("loop", loop, dict.fromkeys(LOOPS))
         strategy = gradients.get(gradient)
-        if isinstance(strategy, gradients.Reversible):
+        if isinstance(strategy, gradients.Reversible) and not auto:
             check_reversible(tableau)
         if loop == "graph" and isinstance(strategy, gradients.Backprop):
             raise ValueError("loop='graph' and gradient='backprop' exclude each other: leave one of them out")
-        options = LoopOptions(controllers.get(controller), step_size, first_step, max_steps)
-        return cls(tableau, rtol, atol, strategy, options, loop)
+        options = LoopOptions(_controller(controller, tableau), step_size, first_step, max_steps)
+        return cls(tableau, rtol, atol, strategy, options, loop, auto=auto, controller=controller)
+
+    def settled(self, system: System, device: torch.device) -> Settings:
+        """These settings with the method chosen, where it is to be."""
+        if not self.auto:
+            return self
+        reversible = isinstance(self.gradient, gradients.Reversible)
+        tableau = methods.choose(system, self.rtol, self.atol, device, reversible)
+        options = replace(self.options, controller=_controller(self.controller, tableau))
+        return replace(self, tableau=tableau, options=options, auto=False)
 
 
 def solve(
@@ -153,7 +167,7 @@ def solve(
     rtol: Tensor | float = 1e-5,
     atol: Tensor | float = 1e-5,
     gradient: gradients.GradientLike = "discrete",
-    controller: controllers.ControllerLike = "integral",
+    controller: controllers.ControllerLike | None = None,
     step_size: float | None = None,
     first_step: float | None = None,
     max_steps: int = 10_000,
@@ -170,12 +184,16 @@ def solve(
             system.
         t: two or more strictly increasing or decreasing times; a tensor may require gradients.
         method: adaptive dopri5, tsit5, bosh3, adaptive_heun, fehlberg2, dopri8, prince_dormand8; fixed-step euler,
-            midpoint, heun2, heun3, rk4, rk4_38.
+            midpoint, heun2, heun3, rk4, rk4_38. For momentum systems whose field sees the position alone, adaptive or
+            with a step_size: nystrom4, nystrom6 (without gate_x), and strang, blanes_moan4, whose steps can be taken
+            back. "auto" chooses (`nesterov_triton.methods.choose`), and says in `Stats.method` which.
         rtol, atol: relative and absolute tolerance of an adaptive method, numbers or tensors that broadcast with h. A
             step is accepted when the root mean square of err / (atol + rtol max(\\|z_n\\|, \\|z_n+1\\|)) is at most 1.
-        gradient: "discrete", "adjoint", "backprop", or an object from `nesterov_triton.gradients`.
-        controller: "integral", "pi", or an object from `nesterov_triton.controllers`.
-        step_size: the step of a fixed-step method; the last one is shortened to end at t[-1].
+        gradient: "discrete", "adjoint", "reversible", "backprop", or an object from `nesterov_triton.gradients`.
+        controller: "integral", "pi", or an object from `nesterov_triton.controllers`; None for the method's own, which
+            is "pi" for those of momentum systems and "integral" for the others.
+        step_size: the step of a fixed-step method, or of one for momentum systems that is to take fixed steps; the last
+            one is shortened to end at t[-1].
         first_step: the first step of an adaptive method; chosen by itself without.
         max_steps: attempted steps allowed.
         loop: "eager" decides about every step in Python, which takes one look at the device a step. "graph" decides on
@@ -229,6 +247,8 @@ def run(
 
         return compiled.run(system, state, times, settings, params, traced)  # type: ignore[return-value]
     stats = Stats() if stats is None else stats
+    settings = settings.settled(system, h.device)
+    stats.method = settings.tableau.name
     problem = bind(system, state, h, times, settings, params, stats, stand_ins)
     try:
         with problem.without_autocast():
@@ -412,6 +432,11 @@ def _controlled(settings: Settings) -> bool:
     """Whether the error decides about steps."""
     options = settings.options
     return settings.tableau.adaptive and options.grid is None and options.step_size is None
+
+
+def _controller(given: controllers.ControllerLike | None, method: Method) -> controllers.Integral:
+    own = "integral" if not isinstance(method, Nystrom) else method.controller
+    return controllers.get(own if given is None else given)
 
 
 def _tolerance(name: str, value: object) -> Tensor | float:

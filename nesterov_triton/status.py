@@ -30,6 +30,7 @@ class Stats:
             has run. Plain backpropagation evaluates nothing again: there it counts the vector-Jacobian products.
         accepted: accepted steps, forward.
         rejected: rejected steps, forward.
+        method: the method's name.
         path: what did the solver's elementwise work in the forward pass: "kernels", or "torch: " and why not; see
             `nesterov_triton.kernels`.
         path_backward: the same for the backward pass; empty until it has run.
@@ -42,6 +43,7 @@ class Stats:
     nfe_backward: int = 0
     accepted: int = 0
     rejected: int = 0
+    method: str = ""
     path: str = ""
     path_backward: str = ""
     loop: str = ""

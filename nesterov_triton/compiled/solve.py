@@ -237,6 +237,7 @@ def _solution(
         nfe_backward=(counts.accepted * back).detach() if counted_back else 0,  # type: ignore[arg-type]
         accepted=counts.accepted.detach(),  # type: ignore[arg-type]
         rejected=counts.rejected.detach(),  # type: ignore[arg-type]
+        method=tableau.name,
         path="compiled",
         path_backward="compiled",
     )

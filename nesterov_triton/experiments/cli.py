@@ -26,7 +26,7 @@ COMMANDS: dict[str, Mapping[str, Experiment | Measurement]] = {
     "compare": {each.defaults.experiment: each for each in (digits.EXPERIMENT, point_cloud.COMPARED)},
     "reproduce": PAPER,
 }
-METHODS = tuple(nt.tableaus.TABLEAUS)
+METHODS = (*nt.methods.METHODS, "auto")
 GATES = tuple(nt.gates.GATES)
 GRADIENTS = tuple(nt.gradients.GRADIENTS)
 EXTENDABLE = ("epochs", "models", "seeds")  # a resumed run may have more of these, and of nothing else
@@ -161,7 +161,7 @@ def show(value: Any) -> str:
 
 def check(settings: Settings) -> None:
     """What can only be judged from several settings together, or from this machine."""
-    adaptive = nt.tableaus.get(settings.method).adaptive
+    adaptive = nt.methods.get(settings.method).adaptive
     if not adaptive and settings.step_size is None:
         raise CommandError(f"method {settings.method} takes fixed steps: give --step-size, for example 0.1")
     if adaptive and settings.step_size is not None:

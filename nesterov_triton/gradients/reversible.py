@@ -2,9 +2,9 @@
 
 A symmetric splitting's step from z_n to z_n+1 is undone, to rounding, by its step of the opposite size: the backward
 pass walks from the last state to the first and transposes each step on the way, with the one evaluation of each force
-that any backward pass needs. Rounding adds up along the way, and damping that shrinks states forwards stretches their errors
-backwards. So one state in many is kept; where the walk arrives at it, the difference is looked at, and a stretch of
-which too much was lost is taken forward again from there.
+that any backward pass needs. Rounding adds up along the way, and damping that shrinks states forwards stretches their
+errors backwards. So one state in many is kept; where the walk arrives at it, the difference is looked at, and a stretch
+of which too much was lost is taken forward again from there.
 """
 
 from __future__ import annotations
