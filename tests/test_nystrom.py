@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 import nesterov_triton as nt
 from nesterov_triton import gradients, systems
+from nesterov_triton.flow import Flow
+from nesterov_triton.network import Network
 from nesterov_triton.nystrom import METHODS, Nystrom
+from nesterov_triton.stepping.nystrom import Layout
 
 NAMES = tuple(METHODS)
 GATED = tuple(name for name, method in METHODS.items() if method.gated is not None)
@@ -551,10 +554,46 @@ def test_what_cannot_be_is_refused_before_any_work(make: Callable[[Any], Any], m
         make(start())
 
 
-def test_torch_compile_says_what_to_do() -> None:
-    layer = nt.GNesterovNODE(Waves().double(), method="nystrom4")
-    with pytest.raises(Exception, match="cannot be traced by"):
-        torch.compile(layer, backend="eager", fullgraph=True)(start()[0])
+@pytest.mark.parametrize(
+    ("name", "method", "gradient", "t"),
+    [
+        ("gnesterov exact", "nystrom4", "discrete", (2.0, 1.6, 1.0)),
+        ("heavy ball", "nystrom6", "discrete", (1.0, 2.0)),
+        ("nesterov", "blanes_moan4", "adjoint", (1.0, 1.5)),
+    ],
+)
+def test_traced_solves_are_the_eager_ones(name: str, method: str, gradient: str, t: tuple[float, ...]) -> None:
+    flow = system(name)
+
+    def run(x: Tensor, m: Tensor) -> tuple[Any, Any]:
+        solution = nt.solve(flow, (x, m), t, method=method, gradient=gradient, rtol=1e-4, atol=1e-4)
+        return solution.ys, solution.stats
+
+    found = []
+    for call in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        x, m = (s.clone().requires_grad_() for s in start())
+        (xs, ms), stats = call(x, m)
+        grads = torch.autograd.grad(xs.square().sum() + ms.sin().sum(), [x, m, *flow.parameters()])
+        found.append((xs, ms, *grads, stats))
+    for a, b in zip(found[0][:-1], found[1][:-1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    eager, traced = found[0][-1], found[1][-1]
+    assert (int(traced.accepted), int(traced.rejected), traced.method) == (eager.accepted, eager.rejected, method)
+    if len(t) == 2:
+        assert int(traced.nfe_forward) == eager.nfe_forward
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_numbers_with_and_without_a_graph_are_the_same(name: str, method: str) -> None:
+    flow = system(name)
+    values = {name: value.detach() for name, value in flow.scalars().items()}
+    network = Network(flow.field, torch.Size((3, 4)), torch.float64, torch.device("cpu"), None)
+    layout = Layout(METHODS[method], Flow(flow, network, values))
+    times = [1.5 - 0.3 * c for c in METHODS[method].c]
+    gamma, xi = values.get("damping", flow.fixed_damping), values.get("xi", flow.fixed_xi)
+    h = torch.tensor(-0.3, dtype=torch.float64)
+    graph = layout.graph(torch.tensor(times, dtype=torch.float64), h, gamma, xi)
+    torch.testing.assert_close(layout.vector(times, -0.3), graph, rtol=1e-14, atol=1e-16)
 
 
 def test_failures_have_a_status() -> None:

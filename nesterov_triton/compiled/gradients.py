@@ -15,8 +15,12 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.func import vjp
 
 from nesterov_triton.compiled.loop import Control, Plan, Walk, select, start, walk, within
-from nesterov_triton.compiled.step import Flow, Rows, all_stages, combine, dense_output, stage_times
+from nesterov_triton.compiled.nystrom import Parts
+from nesterov_triton.compiled.step import Flow, Rows, attempt, nodes, stage_times, stages_back
+from nesterov_triton.compiled.step import inside as states_inside
 from nesterov_triton.compiled.system import Bound, Moment
+from nesterov_triton.gates import Identity
+from nesterov_triton.nystrom import Nystrom
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,12 @@ class Setting:
 
     def flow(self, tensors: Rows) -> Flow:
         """The right-hand side with these tensors."""
-        return Flow(lambda at, rows: self.bound.slopes(at, rows, tensors), self.bound.moments)
+        bound, parts = self.bound, None
+        if isinstance(self.plan.tableau, Nystrom):
+            assert bound.rule is not None
+            gate = None if isinstance(bound.rule.gate_x, Identity) else bound.rule.gate_x
+            parts = Parts(lambda at, x: bound.force(at, x, tensors), bound.damping(tensors), gate)
+        return Flow(lambda at, rows: bound.slopes(at, rows, tensors), bound.moments, parts)
 
 
 class Counts(NamedTuple):
@@ -62,12 +71,12 @@ def forward(setting: Setting, times: Tensor, rows: Rows, tensors: Rows, keep: bo
     again = keep and inside is not None
     done = walk(plan, flow, control, first, rows, t0, end, None if keep else inside, keep=keep)
     c, tableau = done.control, plan.tableau
-    each = (tableau.stages if inside is None or keep else len(tableau.all_c)) - tableau.fsal
+    each = len(nodes(tableau, inside is not None and not keep)) - tableau.fsal
     spent = evaluations + each * (c.accepted + c.rejected)
     if again:
         assert inside is not None
         done = done._replace(outputs=_outputs_inside(setting, times, inside, rows, tensors, done))
-        spent = spent + len(tableau.all_c) * c.accepted
+        spent = spent + len(nodes(tableau, dense=True)) * c.accepted
     return done, Counts(c.status, c.accepted, c.rejected, spent)
 
 
@@ -101,8 +110,9 @@ def _outputs_inside(
         i = _pick(order, k.reshape(1)).reshape(1)
         t, t1, state = _pick(starts, i), _pick(ends, i), [_pick(x, i) for x in states]
         dt = t1 - t
-        stages, _ = all_stages(tableau, setting.flow(tensors), t, t1, dt, state, None, len(tableau.all_c))
-        found = dense_output(tableau, dt, state, stages, (inside - t) / dt)
+        flow = setting.flow(tensors)
+        tried = attempt(tableau, flow, t, t1, dt, state, None, dense=True)
+        found = states_inside(tableau, flow, dt, state, tried, (inside - t) / dt)
         mask = within(inside, t, t1)
         return (k + 1, *select(mask, found, outputs))
 
@@ -137,23 +147,21 @@ class Discrete(torch.autograd.Function):
         order, starts, stops, states = accepted_steps(rows, times[0], taken)
         wanted, end = setting.plan.tableau, times[-1].clone()
 
-        # A last stage without weight (FSAL) is evaluated for the error only: nothing to differentiate.
-        stages = wanted.stages - (wanted.b[-1] == 0) if inside is None else len(wanted.all_c)
-        nodes = wanted.all_c[:stages]
+        # The stages that are differentiated: all, or those that the state at the end depends on.
+        used = nodes(wanted, inside is not None)[: stages_back(wanted, inside is not None)]
 
         def step(times: Rows, dt: Tensor, moments: list[Moment], state: Rows, own: Rows) -> tuple[Tensor, ...]:
             t, t1, *at = times
             flow = setting.flow(own)._replace(moments=lambda _: moments)
-            found, _ = all_stages(wanted, flow, t, t1, dt, state, None, stages)
-            new = combine(state, dt, found[: wanted.stages], wanted.b)
+            tried = attempt(wanted, flow, t, t1, dt, state, None, inside is not None, len(used))
             if inside is None:
-                return tuple(new)
-            return (*new, *dense_output(wanted, dt, state, found, (at[0] - t) / dt))
+                return tuple(tried.new)
+            return (*tried.new, *states_inside(wanted, flow, dt, state, tried, (at[0] - t) / dt))
 
         def timed(times: Rows, state: Rows, own: Rows) -> tuple[Tensor, ...]:
             t, t1 = times[:2]
             dt = t1 - t
-            return step(times, dt, setting.bound.moments(stage_times(nodes, t, t1, dt)), state, own)
+            return step(times, dt, setting.bound.moments(stage_times(used, t, t1, dt)), state, own)
 
         def condition(k: Tensor, *carried: Tensor) -> Tensor:
             return k >= 0
@@ -177,7 +185,7 @@ class Discrete(torch.autograd.Function):
                 found_times = (of_t + torch.where(last, zero, of_t1), torch.where(last, of_t1, zero), *of_at)
             else:  # each would cost a sum over the state for every stage
                 dt = t1 - t
-                moments = setting.bound.moments(stage_times(nodes, t, t1, dt))
+                moments = setting.bound.moments(stage_times(used, t, t1, dt))
                 _, pull, *_ = vjp(lambda state, own: step(at, dt, moments, state, own), state, tuple(tensors))
                 found_state, found = pull(tuple(given))
                 found_times = ()

@@ -15,22 +15,28 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
-from nesterov_triton.compiled.step import Flow, Rows, all_stages, combine, dense_output, error_norm
+from nesterov_triton.compiled.step import Attempt, Flow, Rows, attempt, combine, error_norm, kept
+from nesterov_triton.compiled.step import inside as states_inside
 from nesterov_triton.compiled.step import scaled_squares as scaled
+from nesterov_triton.methods import Method
 from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW
 from nesterov_triton.stepping.controllers import Integral
 from nesterov_triton.stepping.loop import LoopOptions
-from nesterov_triton.tableaus import Tableau
 
 
 @dataclass(frozen=True)
 class Plan:
     """A method and its settings. rtol and atol are numbers, or tensors that broadcast with h; fixed steps use none."""
 
-    tableau: Tableau
+    tableau: Method
     rtol: Tensor | float
     atol: Tensor | float
     options: LoopOptions
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the error decides about steps."""
+        return self.tableau.adaptive and self.options.step_size is None
 
 
 class Control(NamedTuple):
@@ -62,10 +68,10 @@ def start(
     """The control before the first step, its first stage if that is carried from step to step, and how many evaluations
     that took; `dt` is the step to try first, if it is known."""
     options, fsal = plan.options, plan.tableau.fsal
-    chosen = plan.tableau.adaptive and dt is None and options.first_step is None
+    chosen = plan.adaptive and dt is None and options.first_step is None
     first = flow.at(t, rows) if fsal or chosen else []
     sign = torch.sign(end - t)
-    if not plan.tableau.adaptive:
+    if not plan.adaptive:
         assert options.step_size is not None
         dt = sign * options.step_size
     elif dt is not None:
@@ -74,7 +80,7 @@ def start(
         dt = sign * options.first_step
     else:
         dt = sign * _initial_step(plan, flow, t, end, rows, first)
-    return _control(t, dt), first if fsal else [], int(bool(first)) + chosen
+    return _control(t, dt), kept(plan.tableau, flow, rows, first) if fsal else [], int(bool(first)) + chosen
 
 
 def _control(t: Tensor, dt: Tensor) -> Control:
@@ -109,7 +115,6 @@ def walk(
     """
     tableau, count = plan.tableau, len(rows)
     kept_first = len(first) if tableau.fsal else 0
-    needed = tableau.stages if times is None else len(tableau.all_c)
     held = [] if times is None else [row.new_zeros((len(times), *row.shape)) for row in rows]
     sizes = (8, count, kept_first, len(quadratures), len(held))
 
@@ -122,10 +127,9 @@ def walk(
         c = Control(*control)
         t1, last, stuck = _target(plan, c, t0, end)
         t, t1, dt = torch.stack((c.t, t1, t1 - c.t)).unbind()  # on a CPU Inductor keeps what is stacked in memory
-        stages, reached = all_stages(tableau, flow, t, t1, dt, state, known if kept_first else None, needed)
-        own = stages[: tableau.stages]
-        new = reached if tableau.fsal and needed == tableau.stages else combine(state, dt, own, tableau.b)
-        c1, ok = _decide(plan, c, t1, last, stuck, state, new, own)
+        tried = attempt(tableau, flow, t, t1, dt, state, known if kept_first else None, times is not None)
+        own, new = tried.stages[: tableau.stages], tried.new
+        c1, ok = _decide(plan, c, t1, last, stuck, state, tried)
 
         def chosen(a: Rows, b: Rows) -> list[Tensor]:
             return [torch.where(ok, x, y) for x, y in zip(a, b, strict=True)]
@@ -134,7 +138,7 @@ def walk(
         totals = chosen(combine(sums, dt, [k[count:] for k in own], tableau.b), sums) if sums else []
         if times is not None:
             inside = ok & within(times, t, t1)
-            found = dense_output(tableau, dt, state, stages, (times - t) / dt)
+            found = states_inside(tableau, flow, dt, state, tried, (times - t) / dt)
             outputs = select(inside, found, outputs)
         # A loop's results must not be its arguments.
         return (*(x.clone() for x in c1), *chosen(new, state), *following, *totals, *outputs)
@@ -172,7 +176,7 @@ def within(times: Tensor, t: Tensor, t1: Tensor) -> Tensor:
 
 def _target(plan: Plan, c: Control, t0: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where the next step ends, whether that is the end, and whether it is too short to take."""
-    if not plan.tableau.adaptive:
+    if not plan.adaptive:
         size = plan.options.step_size
         assert size is not None
         count = torch.ceil((end - t0).abs() / size * (1 - 1e-12)).clamp_min(1)
@@ -195,18 +199,17 @@ def _decide(
     last: Tensor,
     stuck: Tensor,
     state: Rows,
-    new: Rows,
-    stages: Sequence[Rows],
+    tried: Attempt,
 ) -> tuple[Control, Tensor]:
     """The control after an attempt, and whether it was accepted."""
-    one = torch.ones_like(c.accepted)
-    if not plan.tableau.adaptive:
+    one, new, stages = torch.ones_like(c.accepted), tried.new, tried.stages
+    if not plan.adaptive:
         fit = _finite(new) | ~last
         status = torch.where(fit, RUNNING, NON_FINITE)
         status = torch.where((c.accepted + 1 >= plan.options.max_steps) & ~last, MAX_STEPS, status)
         yes = torch.ones_like(last)
         return c._replace(t=t1, status=status.to(torch.int64), accepted=c.accepted + one), yes
-    error = error_norm(plan.tableau, t1 - c.t, state, new, stages, plan.rtol, plan.atol)
+    error = error_norm(tried.errors, state, new, plan.rtol, plan.atol)
     finite = torch.isfinite(error)
     ok = (error <= 1) & ~stuck
     factor = _factor(plan.options.controller, error, c.previous, plan.tableau.error_order + 1, c.after_rejection)

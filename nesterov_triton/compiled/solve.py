@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._functorch import config as _functorch_config
 from torch.func import functional_call
 
-from nesterov_triton import gates, gradients
+from nesterov_triton import gates, gradients, methods
 from nesterov_triton.compiled.gradients import Adjoint, Counts, Discrete, Setting, forward
 from nesterov_triton.compiled.loop import Plan
+from nesterov_triton.compiled.step import stages_back
 from nesterov_triton.compiled.system import Bound
 from nesterov_triton.gradients import leaves
 from nesterov_triton.nystrom import Nystrom
@@ -74,11 +75,6 @@ def run(
     kind = h.device.type
     autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     gradient, controller = settings.gradient, settings.options.controller
-    if isinstance(settings.tableau, Nystrom):
-        raise RuntimeError(
-            f"method {settings.tableau.name!r} cannot be traced by torch.compile: take a Runge-Kutta method such as "
-            "'dopri5', or leave the layer outside of the compiled region (torch.compiler.disable)"
-        )
     if type(controller) not in (Integral, PI):
         raise RuntimeError(
             f"controller {type(controller).__name__} may have a rule of its own, which torch.compile cannot trace: "
@@ -213,7 +209,12 @@ def _backward_plan(plan: Plan, gradient: Any) -> Plan:
         raise RuntimeError("Adjoint(method=) and Adjoint(quadratures_in_norm=) cannot be traced by torch.compile")
     own = numbers(gradient)
     rtol, atol = plan.rtol if own[0] is None else own[0], plan.atol if own[1] is None else own[1]
-    return Plan(plan.tableau, rtol, atol, plan.options)
+    tableau, options = plan.tableau, plan.options
+    if isinstance(tableau, Nystrom):
+        tableau = methods.GENERAL
+        if options.step_size is not None:
+            raise RuntimeError("the adjoint after fixed steps of such a method cannot be traced by torch.compile")
+    return Plan(tableau, rtol, atol, options)
 
 
 def _solution(
@@ -231,7 +232,7 @@ def _solution(
     middle = [checked(x) for x in inside] if many else [row.new_zeros((0, *row.shape)) for row in rows]
     ys = [torch.cat((a.unsqueeze(0), b, c.unsqueeze(0))) for a, b, c in zip(rows, middle, final, strict=True)]
     tableau = setting.plan.tableau
-    back = tableau.stages - (tableau.b[-1] == 0) if not many else len(tableau.all_c)
+    back = stages_back(tableau, many)
     stats = Stats(
         nfe_forward=counts.evaluations.detach(),  # type: ignore[arg-type]
         nfe_backward=(counts.accepted * back).detach() if counted_back else 0,  # type: ignore[arg-type]

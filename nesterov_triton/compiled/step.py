@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nesterov_triton.compiled import nystrom
 from nesterov_triton.compiled.system import Moment
+from nesterov_triton.methods import Method
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.tableaus import Tableau
 
 Rows = Sequence[Tensor]
@@ -19,6 +22,7 @@ class Flow(NamedTuple):
 
     slopes: Callable[[Moment, Rows], Rows]
     moments: Callable[[Tensor], list[Moment]]
+    parts: nystrom.Parts | None = None  # of a momentum system, for the methods that need them
 
     def at(self, t: Tensor, rows: Rows) -> list[Tensor]:
         """The value at the time `t`, 0-d float64."""
@@ -56,19 +60,84 @@ def all_stages(
     return stages, state
 
 
-def error_norm(
-    tableau: Tableau,
+class Attempt(NamedTuple):
+    """A step that was tried: its stages, the state at its end, and what estimates its error."""
+
+    stages: Sequence[Rows]
+    new: Rows
+    errors: Sequence[Rows]
+
+
+def nodes(method: Method, dense: bool) -> tuple[float, ...]:
+    """Those of the stages of a step; with those that only dense output needs."""
+    return method.c if isinstance(method, Nystrom) or not dense else method.all_c
+
+
+def stages_back(method: Method, dense: bool) -> int:
+    """How many stages the state at a step's end (and those inside) depends on: not on an FSAL stage without weight."""
+    return len(nodes(method, dense)) - (not dense and method.b[-1] == 0)
+
+
+def kept(method: Method, flow: Flow, rows: Rows, slope: Rows) -> list[Tensor]:
+    """The first stage of a step, from the right-hand side at its start."""
+    if not isinstance(method, Nystrom):
+        return list(slope)
+    assert flow.parts is not None
+    return [flow.parts.force_of(rows, slope)]
+
+
+def attempt(
+    method: Method,
+    flow: Flow,
+    t: Tensor,
+    t1: Tensor,
     dt: Tensor,
     rows: Rows,
+    first: Rows | None,
+    dense: bool,
+    count: int | None = None,
+) -> Attempt:
+    """The step from t to t1 = t + dt.
+
+    Args:
+        first: its first stage where that is known.
+        dense: whether stages are evaluated that only dense output needs.
+        count: of a Runge-Kutta method's stages, where not all of them are evaluated; then there are no errors.
+    """
+    if isinstance(method, Nystrom):
+        assert flow.parts is not None
+        moments = flow.moments(stage_times(method.c[0 if first is None else 1 :], t, t1, dt))
+        forces, new, error = nystrom.attempt(method, flow.parts, moments, dt, rows, None if first is None else first[0])
+        return Attempt(forces, new, [error])
+    whole = len(nodes(method, dense))
+    stages, reached = all_stages(method, flow, t, t1, dt, rows, first, whole if count is None else count)
+    own = stages[: method.stages]
+    if count is not None:
+        return Attempt(stages, combine(rows, dt, own, method.b), [])
+    new = reached if method.fsal and whole == method.stages else combine(rows, dt, own, method.b)
+    zeros = [torch.zeros_like(row) for row in rows]
+    return Attempt(stages, new, [combine(zeros, dt, own, row) for row in method.error])
+
+
+def inside(method: Method, flow: Flow, dt: Tensor, rows: Rows, tried: Attempt, theta: Tensor) -> list[Tensor]:
+    """The states at the fractions `theta`, [n] float64, of the step: [n, *shape] each."""
+    if not isinstance(method, Nystrom):
+        return dense_output(method, dt, rows, tried.stages, theta)
+    assert flow.parts is not None
+    first, last = tried.stages[0][0], tried.stages[-1][0]
+    return nystrom.dense_output(flow.parts, dt, rows, tried.new, first, last, theta)
+
+
+def error_norm(
+    errors: Sequence[Rows],
+    rows: Rows,
     new: Rows,
-    stages: Sequence[Rows],
     rtol: Tensor | float,
     atol: Tensor | float,
 ) -> Tensor:
     """As `stepping.explicit_rk.error_norm`, 0-d float64."""
-    zeros = [torch.zeros_like(row) for row in rows]
     sizes = [torch.maximum(old.abs(), end.abs()) for old, end in zip(rows, new, strict=True)]
-    squares = [scaled_squares(combine(zeros, dt, stages, row), sizes, rtol, atol) for row in tableau.error]
+    squares = [scaled_squares(error, sizes, rtol, atol) for error in errors]
     count = sum(row.numel() for row in rows)
     if len(squares) == 1:
         return torch.sqrt(squares[0] / count)

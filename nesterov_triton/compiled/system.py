@@ -66,20 +66,34 @@ class Bound:
         x, m = rows
         h = x if at.scale is None else x * at.scale.to(dtype)
         u = self._field(at.t.to(dtype), (h, m) if self.system.sees_momentum else (h,), tensors)
+        slope = self._driven(at, u, x, h, tensors)
+        if rule.damped:
+            slope = slope - _cast(self.damping(tensors), dtype) * m
+        return rule.gate_x(m), slope
+
+    def force(self, at: Moment, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """The part of m' that depends on the position, where the field sees that alone; of x's shape."""
+        h = x if at.scale is None else x * at.scale.to(x.dtype)
+        return self._driven(at, self._field(at.t.to(x.dtype), (h,), tensors), x, h, tensors)
+
+    def damping(self, tensors: Sequence[Tensor]) -> Tensor | float:
+        """γ: 0-d float64 where it is learned."""
+        return dict(zip(self.scalars, tensors, strict=False)).get("damping", self.fixed[0])
+
+    def _driven(self, at: Moment, u: Tensor, x: Tensor, h: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        rule, dtype = self.rule, x.dtype
+        assert rule is not None
         slope = rule.gate_f(u)
         if at.drive is not None:
             slope = slope * at.drive.to(dtype)
         elif rule.sign != 1.0:
             slope = slope * rule.sign
-        learned = dict(zip(self.scalars, tensors, strict=False))
-        damping, xi = self.fixed
         if at.own is not None:
             slope = slope + at.own.to(dtype) * x
         if rule.residual:
-            slope = slope - _cast(learned.get("xi", xi), dtype) * h
-        if rule.damped:
-            slope = slope - _cast(learned.get("damping", damping), dtype) * m
-        return rule.gate_x(m), slope
+            xi = dict(zip(self.scalars, tensors, strict=False)).get("xi", self.fixed[1])
+            slope = slope - _cast(xi, dtype) * h
+        return slope
 
     def _field(self, t: Tensor, features: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         if self.autocast is None:
