@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from nesterov_triton import nystrom, tableaus
@@ -32,21 +31,19 @@ def get(name: str) -> Method:
     return lookup("method", name, {**METHODS, "auto": GENERAL})
 
 
-def choose(
-    system: System, rtol: Tensor | float, atol: Tensor | float, device: torch.device, reversible: bool
-) -> Method:
+def choose(system: System, rtol: Tensor | float, atol: Tensor | float, reversible: bool) -> Method:
     """The adaptive method that needs fewest evaluations of the field, as far as is known of the system beforehand.
 
     Measured by `python -m benchmarks structure`: on trained fields nystrom4 needs half of what dopri5 and tsit5 need
     for the same error, with gates and without; where the field is smooth and the tolerance tight, order 6 needs less
-    still. On a GPU the kernels are dopri5's.
+    still.
 
     Args:
         reversible: whether its steps must be such as can be taken back.
     """
     if reversible:
         return METHODS["blanes_moan4"]
-    if not isinstance(system, Momentum) or system.sees_momentum or device.type == "cuda":
+    if not isinstance(system, Momentum) or system.sees_momentum:
         return GENERAL
     tight = max(_smallest(rtol), _smallest(atol))
     if tight >= 1e-7:

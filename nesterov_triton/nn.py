@@ -54,7 +54,7 @@ class Layer(nn.Module):
         for name in options:
             if name not in Options.__annotations__:
                 raise TypeError(unknown(f"option of {type(self).__name__}", name, _option_names(type(self))))
-        self.settings = Settings.make(**options)
+        self.settings = Settings.make(**options).of(system)
         checked = check_times(system, t)
         if checked.requires_grad and not isinstance(t, Tensor):
             raise ValueError("t must be one tensor where it needs gradients, or no optimizer would see it in the layer")

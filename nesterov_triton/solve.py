@@ -101,6 +101,7 @@ class Settings:
     inside: bool = False  # as in `Problem`
     auto: bool = False  # the method is to be chosen when the system is known; until then it is the general one
     controller: controllers.ControllerLike | None = None  # as given
+    chosen: Settings | None = None  # with the method that was chosen
 
     @classmethod
     def make(
@@ -148,14 +149,20 @@ class Settings:
         options = LoopOptions(_controller(controller, tableau), step_size, first_step, max_steps)
         return cls(tableau, rtol, atol, strategy, options, loop, auto=auto, controller=controller)
 
-    def settled(self, system: System, device: torch.device) -> Settings:
-        """These settings with the method chosen, where it is to be."""
+    def of(self, system: System) -> Settings:
+        """These settings with the choice of a method made for the system, where it is to be; `on` has it."""
         if not self.auto:
             return self
         reversible = isinstance(self.gradient, gradients.Reversible)
-        tableau = methods.choose(system, self.rtol, self.atol, device, reversible)
+        tableau = methods.choose(system, self.rtol, self.atol, reversible)
         options = replace(self.options, controller=_controller(self.controller, tableau))
-        return replace(self, tableau=tableau, options=options, auto=False)
+        return replace(self, chosen=replace(self, tableau=tableau, options=options, auto=False))
+
+    def on(self, device: torch.device) -> Settings:
+        """The settings for states on that device."""
+        # The kernels on a GPU are the general method's.
+        given = self.chosen is None or (device.type == "cuda" and not isinstance(self.gradient, gradients.Reversible))
+        return self if given else self.chosen  # type: ignore[return-value]
 
 
 def solve(
@@ -225,7 +232,7 @@ def solve(
     bound = as_system(system)
     h = check_state(bound, state)
     times = check_times(bound, t)
-    return run(bound, state, h, times, settings, params, throw, traced=True)
+    return run(bound, state, h, times, settings.of(bound), params, throw, traced=True)
 
 
 def run(
@@ -242,12 +249,12 @@ def run(
 ) -> Solution:
     """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from
     `check_times`; `traced` where a tracer sees the settings being made."""
+    settings = settings.on(h.device)
     if torch.compiler.is_compiling():
         from nesterov_triton.compiled import solve as compiled  # takes in all of torch's compiler
 
         return compiled.run(system, state, times, settings, params, traced)  # type: ignore[return-value]
     stats = Stats() if stats is None else stats
-    settings = settings.settled(system, h.device)
     stats.method = settings.tableau.name
     problem = bind(system, state, h, times, settings, params, stats, stand_ins)
     try:
