@@ -20,17 +20,18 @@ class Evaluation:
     leaves: tuple[Tensor, ...]  # what the field was given: h, or (h, m)
     time: Tensor | None  # its 0-d time, where gradients with respect to times are wanted
     u: Tensor  # its output, with its graph
+    retain: bool = False  # whether parts of the graph are somebody else's, too
 
     def pullback(
         self, g: Tensor, params: tuple[Tensor, ...]
     ) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
         """Cotangents of (the leaves, flat), of the time, and of `params`, for the cotangent `g`, [N], of the output;
-        None for what the output does not depend on. Frees the graph."""
+        None for what the output does not depend on. Frees the graph, unless it is to retain it."""
         n = len(self.leaves)
         inputs = (*self.leaves, *params) if self.time is None else (*self.leaves, self.time, *params)
         if not self.u.requires_grad:  # a field that depends on nothing
             return (None,) * n, None, (None,) * len(params)
-        grads = torch.autograd.grad(self.u, inputs, g.view(self.u.shape), allow_unused=True)
+        grads = torch.autograd.grad(self.u, inputs, g.view(self.u.shape), self.retain, allow_unused=True)
         through = [None if v is None else v.reshape(-1) for v in grads[:n]]
         if self.time is None:
             return through, None, grads[n:]
@@ -46,6 +47,7 @@ class Network:
         autocast: the dtype of the autocast it runs under; None for none.
         watch: keep the graph of the first evaluation whatever the grad mode.
         on_output: is shown the outputs that have a graph.
+        retain: for `Evaluation`s.
 
     Attributes:
         evaluations: calls so far.
@@ -60,8 +62,10 @@ class Network:
         autocast: torch.dtype | None,
         watch: bool = False,
         on_output: Callable[[Tensor], object] | None = None,
+        retain: bool = False,
     ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
+        self._retain = retain
         self.evaluations = 0
         self._field, self._autocast, self._watch, self._on_output = field, autocast, watch, on_output
 
@@ -94,7 +98,7 @@ class Network:
         leaves = tuple(f.detach().requires_grad_() for f in features)
         time = t.detach().requires_grad_() if time_grads else None
         with torch.enable_grad():
-            return Evaluation(leaves, time, self(t if time is None else time, *leaves))
+            return Evaluation(leaves, time, self(t if time is None else time, *leaves), self._retain)
 
     def _first(self, t: Tensor, *features: Tensor) -> Tensor:
         """The first evaluation, looked at for what would be wrong every time."""

@@ -324,6 +324,51 @@ def test_params_may_be_an_iterator(gradient):
     assert float(net.weight.grad.abs().max()) > 0
 
 
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_params_that_are_computed_from_each_other(gradient, loop):
+    """Each one's own part counts once, though the way from one to the next lies in the field's graph as well."""
+    net = nn.Linear(2, 2).double()
+
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, t, y):
+            return torch.tanh(self.net(y) @ first + t) * second
+
+    def loss(**keywords):
+        nonlocal first, second
+        first = net.weight.exp()
+        second = (first @ net.weight).sum(0).sin()
+        y0 = features(3, 2) * first[0]
+        y = nt.solve(Conditioned(), y0, (0.0, 1.0), params=[first, second], rtol=1e-9, atol=1e-9, **keywords).final
+        return y.square().sum() + second.sum()  # which are used outside, too
+
+    first = second = net.weight
+    wanted = list(net.parameters())
+    expected = torch.autograd.grad(loss(gradient="backprop"), wanted)
+    assert largest_difference(torch.autograd.grad(loss(gradient=gradient, loop=loop), wanted), expected) < 1e-6
+    loss(gradient="backprop").backward()  # no way is left closed
+    torch.testing.assert_close(net.weight.grad, expected[0])
+
+
+def test_second_derivatives_of_params_that_are_computed_from_each_other():
+    a = features(2, 2).requires_grad_()
+
+    def second(gradient):
+        b = a.tanh()
+        y = nt.solve(
+            lambda t, y: torch.sin(y @ a) @ b, features(3, 2), (0.0, 1.0), params=[a, b], gradient=gradient,
+            method="rk4", step_size=0.25,
+        ).final  # fmt: skip
+        (once,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
+        return [once.detach(), *torch.autograd.grad(once.square().sum(), a)]
+
+    assert largest_difference(second("discrete"), second("backprop")) < 1e-10
+
+
 @pytest.mark.parametrize("needs_grad", [True, False], ids=["input-needs-grad", "input-does-not"])
 @pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
 def test_a_closure_that_would_lose_its_gradient_raises(gradient, needs_grad):

@@ -20,7 +20,7 @@ from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
-from nesterov_triton.gradients.leaves import check_cotangents, check_leaves, check_parameters, without_hooks
+from nesterov_triton.gradients.leaves import apart, check_cotangents, check_leaves, check_parameters
 from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
@@ -136,7 +136,7 @@ class _Adjoint(torch.autograd.Function):
         # The times' gradients come from the solution's slope at each of them, not from the stages.
         flow = problem.flow_back(time_grads=False, coefficient_grads=any(needs[2 : 2 + n]))
         try:
-            with problem.without_autocast(), without_hooks(problem.params):
+            with problem.without_autocast(), apart(flow.params):
                 adjoint, of_times, totals = _solve_back(problem, flow, ctx.strategy, states, cotangents, needs[1])
         finally:
             problem.stats.nfe_backward += flow.network.evaluations

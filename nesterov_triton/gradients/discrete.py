@@ -24,11 +24,11 @@ from nesterov_triton.gradients.device_sweep import DeviceSweep
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_sweep import FusedFirstOrderSweep, FusedMomentumSweep
 from nesterov_triton.gradients.leaves import (
+    apart,
     check_cotangents,
     check_leaves,
     check_parameters,
     refuse_unseen,
-    without_hooks,
 )
 from nesterov_triton.gradients.nystrom_sweep import NystromSweep, given
 from nesterov_triton.gradients.on_device import declined, on_device
@@ -91,7 +91,7 @@ class _Discrete(torch.autograd.Function):
         objection = "gradients with respect to times are wanted" if needs[2] else None
         path = problem.backward_path(objection)
         try:
-            with problem.without_autocast(), without_hooks(problem.params):
+            with problem.without_autocast(), apart(flow.params):
                 found = _on_device(problem, flow, objection, ctx.spans, starts, cotangents)
                 if found is None:
                     found = _one_by_one(problem, flow, path.kernels, ctx.spans, starts, cotangents)
@@ -133,7 +133,7 @@ class _Second(torch.autograd.Function):
             tolerance=None,
             stats=Stats(),
         )
-        with torch.enable_grad(), problem.without_autocast(), without_hooks(problem.params):
+        with torch.enable_grad(), problem.without_autocast(), apart(problem.params):
             states = [
                 z for z, used in zip(forward(again, again.flow(), differentiable=True), present, strict=True) if used
             ]
@@ -145,6 +145,7 @@ class _Second(torch.autograd.Function):
         problem.stats.nfe_backward += again.stats.nfe_forward
         problem.stats.path_backward = again.stats.path
         ctx.first, ctx.leaves, ctx.wanted = first, [*inputs, *given], [x.requires_grad for x in inputs]
+        ctx.params = problem.params
         each = iter(first)
         found = [next(each) if x.requires_grad else None for x in inputs]
         return tuple(None if g is None else g.detach() for g in found)
@@ -160,9 +161,10 @@ class _Second(torch.autograd.Function):
         leaves = [x for x in ctx.leaves if x.requires_grad]
         if not pairs:
             return (None,) * (3 + len(ctx.leaves))
-        grads = torch.autograd.grad(
-            [x for x, _ in pairs], leaves, [g for _, g in pairs], retain_graph=True, allow_unused=True
-        )
+        with apart(ctx.params):
+            grads = torch.autograd.grad(
+                [x for x, _ in pairs], leaves, [g for _, g in pairs], retain_graph=True, allow_unused=True
+            )
         each = iter(grads)
         return None, None, None, *(next(each) if x.requires_grad else None for x in ctx.leaves)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nesterov_triton import gates, transforms
 from nesterov_triton.flow import Flow
-from nesterov_triton.gradients.problem import Problem, parameters
+from nesterov_triton.gradients.problem import Problem, parameters, ways_between
 from nesterov_triton.network import Evaluation
 from nesterov_triton.systems import Momentum
 
@@ -89,8 +89,10 @@ def check_parameters(problem: Problem) -> None:
 
 
 @contextmanager
-def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
-    """Within it the parameters' own hooks do not run: they are meant for the gradient, not for a stage's part of it.
+def apart(params: Sequence[Tensor]) -> Iterator[None]:
+    """Within it the parameters are looked at one by one, for parts of their gradients: their own hooks do not run, which
+    are meant for the whole; and of one that is computed from another, that way to the other is closed, for it is gone
+    once, by whoever asked for the whole. `Problem.flow_back` keeps graphs that hold such a way.
 
     Raises:
         RuntimeError: a tensor that is no leaf has a hook, or keeps its gradient: that cannot be helped.
@@ -104,9 +106,12 @@ def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
     kept = [p._backward_hooks for p in hooked]
     for p in hooked:
         p._backward_hooks = None
+    closed = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in ways_between(params)]
     try:
         yield
     finally:
+        for handle in closed:
+            handle.remove()
         for p, hooks in zip(hooked, kept, strict=True):
             p._backward_hooks = hooks
 

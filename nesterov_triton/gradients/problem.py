@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,19 +74,21 @@ class Problem:
         leaves = {name: value.detach().requires_grad_() for name, value in self.scalars.items()}
         wanted = {"time_grads": time_grads, "coefficient_grads": coefficient_grads}
         params = tuple(self.stand_ins.get(id(p), p) for p in self.params) if self.stand_ins else self.params
+        retain = bool(ways_between(params))
         if not aliased or not isinstance(self.system.field, nn.Module):
-            return Flow(self.system, self._network(), leaves, params, **wanted)
+            return Flow(self.system, self._network(retain=retain), leaves, params, **wanted)
         alias = Aliased(self.system.field)
-        return Flow(self.system, self._network(field=alias), leaves, alias.of(params), **wanted)
+        return Flow(self.system, self._network(field=alias, retain=retain), leaves, alias.of(params), **wanted)
 
     def _network(
         self,
         watch: bool = False,
         on_output: Callable[[Tensor], object] | None = None,
         field: Field | None = None,
+        retain: bool = False,
     ) -> Network:
         z, field = self.z, self.system.field if field is None else field
-        return Network(field, self.shape, z.dtype, z.device, self.autocast, watch, on_output)
+        return Network(field, self.shape, z.dtype, z.device, self.autocast, watch, on_output, retain)
 
     def path(self) -> Path:
         """What does the elementwise work of this solve, unless autograd is to see all of it."""
@@ -174,3 +177,24 @@ def trainable(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Those of `tensors` that need gradients, each once."""
     seen: dict[int, Tensor] = {id(p): p for p in tensors if p.requires_grad}
     return tuple(seen.values())
+
+
+def ways_between(params: Sequence[Tensor]) -> list[Any]:
+    """The autograd nodes that made those of `params` that are computed from others of them, each once."""
+    made = {p.grad_fn: None for p in params if p.grad_fn is not None}
+    if not made:
+        return []
+    leaves = {id(p) for p in params if p.grad_fn is None}
+    found = []
+    for start in made:
+        stack, visited = [n for n, _ in start.next_functions], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in visited:
+                continue
+            if node in made or id(getattr(node, "variable", None)) in leaves:
+                found.append(start)
+                break
+            visited.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return found
