@@ -90,9 +90,9 @@ def check_parameters(problem: Problem) -> None:
 
 @contextmanager
 def apart(params: Sequence[Tensor]) -> Iterator[None]:
-    """Within it the parameters are looked at one by one, for parts of their gradients: their own hooks do not run, which
-    are meant for the whole; and of one that is computed from another, that way to the other is closed, for it is gone
-    once, by whoever asked for the whole. `Problem.flow_back` keeps graphs that hold such a way.
+    """Within it parameters are asked for parts of their gradients. Their own hooks do not run, which are meant for the
+    whole. Where one is computed from another, the way to the other is closed: its own part goes that way once, when all
+    have been added up. `Problem.flow_back` keeps the graphs that such a way is in.
 
     Raises:
         RuntimeError: a tensor that is no leaf has a hook, or keeps its gradient: that cannot be helped.

@@ -12,7 +12,7 @@ from nesterov_triton.interop import options as opt
 from nesterov_triton.interop.call import Backward, Call
 from nesterov_triton.interop.handover import adjoint_by_torchdiffeq, by_torchdiffeq
 from nesterov_triton.interop.names import name_of, untraced
-from nesterov_triton.interop.rows import solve_rows
+from nesterov_triton.interop.rows import check_rows, solve_rows
 from nesterov_triton.interop.states import Function
 from nesterov_triton.interop.until import solve_until
 from nesterov_triton.systems import System
@@ -59,7 +59,8 @@ def odeint(
         return_stats: return the counts (`Stats`) too, last.
         per_sample: adaptive steps for each row of y0, [batch, ...], by itself: a row takes the same steps, and has the
             same answer up to func's own rounding, whatever the other rows are. func is then given the rows' times, of
-            shape [batch, 1, ...], which broadcasts with y. max_num_steps counts each row's steps, the stats sum them.
+            shape [batch, 1, ...], which broadcasts with y; the tensors of a tuple have the same number of dimensions.
+            max_num_steps counts each row's steps, the stats sum them. Gradients come from "discrete" or "backprop".
 
     Returns:
         The states at all times in the form of y0, each with a first axis of n; with `event_fn` (event time, states at
@@ -75,10 +76,7 @@ def odeint(
         return by_torchdiffeq(func, y0, t, rtol=rtol, atol=atol, method=name, options=options, event_fn=event_fn)
     call = Call(func, y0, t, rtol, atol, name, options, args)
     if per_sample:
-        if event_fn is not None:
-            raise ValueError("event_fn does not go with per_sample=True; drop one of them")
-        solution = call.result(solve_rows(call, gradient) if len(call.times) > 1 else [call.start])
-        return (solution, call.stats) if return_stats else solution
+        return _rows(call, gradient, event_fn, return_stats)
     return _solve(call, gradient, None, event_fn, return_stats)
 
 
@@ -101,6 +99,7 @@ def odeint_adjoint(
     args: Sequence[Any] = (),
     gradient: GradientLike | None = None,
     return_stats: bool = False,
+    per_sample: bool = False,
 ) -> Any:
     """`odeint` with the gradient from the adjoint equation, as `torchdiffeq.odeint_adjoint` does.
 
@@ -114,6 +113,7 @@ def odeint_adjoint(
             largest of all their norms counts.
         adjoint_params: the tensors that gradients are wanted of beside y0, t and args; func's parameters without.
         gradient: "adjoint" if None; "discrete" for the exact gradient of the steps taken, by the same call.
+        per_sample: see `odeint`; with gradient="discrete" or "backprop".
 
     Raises:
         ValueError, TypeError: bad input, before any work; the message names the argument and the fix.
@@ -127,7 +127,8 @@ def odeint_adjoint(
         )
     name, back = opt.check_method(method), opt.check_method(adjoint_method or method, "adjoint_")
     if name in opt.HANDED_OVER or back in opt.HANDED_OVER:
-        _only_native(name if name in opt.HANDED_OVER else back, args=args, gradient=gradient, return_stats=return_stats)
+        theirs = name if name in opt.HANDED_OVER else back
+        _only_native(theirs, args=args, gradient=gradient, return_stats=return_stats, per_sample=per_sample)
         return adjoint_by_torchdiffeq(
             func, y0, t, rtol=rtol, atol=atol, method=name, options=options, event_fn=event_fn,
             adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
@@ -135,6 +136,8 @@ def odeint_adjoint(
         )  # fmt: skip
     params = _checked_params(adjoint_params)
     call = Call(func, y0, t, rtol, atol, name, options, args, params)
+    if per_sample:
+        return _rows(call, "adjoint" if gradient is None else gradient, event_fn, return_stats)
     backward = Backward(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
     return _solve(call, "adjoint" if gradient is None else gradient, backward, event_fn, return_stats)
 
@@ -155,6 +158,14 @@ def _solve(
     if return_stats:
         return (*found, call.stats)
     return found[0] if len(found) == 1 else found
+
+
+def _rows(call: Call, gradient: GradientLike | None, event_fn: Callable[..., Tensor] | None, return_stats: bool) -> Any:
+    if event_fn is not None:
+        raise ValueError("event_fn does not go with per_sample=True; drop one of them")
+    check_rows(call, gradient)
+    solution = call.result(solve_rows(call, gradient))
+    return (solution, call.stats) if return_stats else solution
 
 
 def _checked_params(params: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:

@@ -17,10 +17,11 @@ from nesterov_triton.status import SolveError, Status
 from nesterov_triton.stepping.controllers import Integral
 from nesterov_triton.stepping.dense_output import DenseOutput, dense_output
 from nesterov_triton.stepping.loop import LoopOptions
-from nesterov_triton.stepping.stepper import Tolerance
 from nesterov_triton.tableaus import Tableau
 
 RightHandSide = Callable[[Tensor, Tensor], Tensor]  # times [B] float64 and states [B, D] to slopes [B, D]
+# An error and the states that it lies between, [B, D] each, to sizes, [B] float64: at most 1 where it is small enough.
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -43,13 +44,13 @@ def integrate(
     tableau: Tableau,
     y: Tensor,
     times: Sequence[float],
-    tolerance: Tolerance,
+    measure: Measure,
     options: LoopOptions,
 ) -> tuple[list[Tensor], Walk]:
     """The states, [B, D] each, at times[1:], from `y` at times[0], and the steps that led there.
 
     Args:
-        tolerance: rtol and atol, numbers or tensors that broadcast with [B, D].
+        measure: the error over the tolerance, row by row.
         options: max_steps counts each row's attempts.
 
     Raises:
@@ -59,7 +60,7 @@ def integrate(
     t = torch.full((batch,), times[0], dtype=torch.float64, device=y.device)
     end = times[-1]
     slope = f(t, y)
-    dt = _first_sizes(f, tableau, y, slope, t, end, tolerance, options)
+    dt = _first_sizes(f, tableau, y, slope, t, end, measure, options)
     q, dense = tableau.error_order + 1, dense_output(tableau)
     found = [torch.empty_like(y) for _ in times[1:]]
     after_rejection = torch.zeros(batch, dtype=torch.bool, device=y.device)
@@ -85,7 +86,7 @@ def integrate(
         stages = evaluate(f, tableau, t, h, t1, y, slope)
         y1 = combine(y, stages, tableau.b, h)
         error = combine(torch.zeros_like(y), stages, tableau.error[0], h)
-        norm = row_norms(error, torch.maximum(y.abs(), y1.abs()), tolerance)
+        norm = measure(error, y, y1)
         good = active & ((norm <= 1) | ((size <= options.min_step) & norm.isfinite()))
         bad = active & ~good
         dead = bad & ~norm.isfinite() & ((size <= options.min_step) | ~slope.isfinite().all(1))
@@ -132,15 +133,12 @@ def combine(y: Tensor, stages: Sequence[Tensor], weights: Sequence[float] | Tens
     return y
 
 
-def row_norms(values: Tensor, size: Tensor, tolerance: Tolerance) -> Tensor:
-    """The root of the mean square of values / (atol + rtol size) of each row, [B] float64."""
-    ratio = values.double() / (tolerance.atol + tolerance.rtol * size.double()).clamp_min(1e-300)
-    return ratio.square().mean(1).sqrt()
-
-
-def inside_step(dense: DenseOutput, stages: Sequence[Tensor], y: Tensor, t: Tensor, h: Tensor, time: float) -> Tensor:
+def inside_step(
+    dense: DenseOutput, stages: Sequence[Tensor], y: Tensor, t: Tensor, h: Tensor, time: Tensor | float
+) -> Tensor:
     """The states, [B, D], of all rows at one time inside of their steps."""
-    theta = torch.where(h == 0, torch.ones_like(h), (time - t) / h)
+    one = torch.ones_like(h)
+    theta = torch.where(h == 0, one, (time - t) / torch.where(h == 0, one, h))
     return combine(y, stages, dense.weights_of(theta.cpu()).to(y.device), h)
 
 
@@ -151,19 +149,19 @@ def _factors(controller: Integral, norms: Tensor, q: int) -> Tensor:
 
 
 def _first_sizes(
-    f: RightHandSide, tableau: Tableau, y: Tensor, slope: Tensor, t: Tensor, end: float, tolerance: Tolerance,
+    f: RightHandSide, tableau: Tableau, y: Tensor, slope: Tensor, t: Tensor, end: float, measure: Measure,
     options: LoopOptions,
 ) -> Tensor:  # fmt: skip
     """Hairer, Nørsett, Wanner II.4, for each row."""
     if options.first_step is not None:
         return torch.full_like(t, options.first_step)
-    span, size = (end - t).abs(), y.abs()
-    d0, d1 = row_norms(y, size, tolerance), row_norms(slope, size, tolerance)
+    span = (end - t).abs()
+    d0, d1 = measure(y, y, y), measure(slope, y, y)
     tiny = (d0 < 1e-5) | (d1 < 1e-5) | ~d0.isfinite() | ~d1.isfinite()
     h0 = torch.where(tiny, torch.full_like(t, 1e-6), 0.01 * d0 / d1).minimum(span)
     signed = torch.copysign(h0, end - t)
     second = f(torch.where(h0 < span, t + signed, torch.full_like(t, end)), combine(y, [slope], [1.0], signed))
-    rate = torch.maximum(d1, row_norms(second - slope, size, tolerance) / h0)
+    rate = torch.maximum(d1, measure(second - slope, y, y) / h0)
     h1 = torch.where(rate <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / rate) ** (1 / (tableau.error_order + 1)))
     return torch.where(rate.isfinite(), torch.minimum(100 * h0, h1), h0).minimum(span)
 
