@@ -10,11 +10,12 @@ from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.kernels import Path
 from nesterov_triton.nystrom import Nystrom
+from nesterov_triton.status import SolveError, Status
 from nesterov_triton.stepping import device_loop
 from nesterov_triton.stepping.device_loop import DeviceLoop
 from nesterov_triton.stepping.explicit_rk import ExplicitRK
 from nesterov_triton.stepping.fused_rk import FusedFirstOrderRK, FusedMomentumRK
-from nesterov_triton.stepping.loop import AcceptedStep, OnAccept, Progress, integrate
+from nesterov_triton.stepping.loop import AcceptedStep, OnAccept, Progress, finite_everywhere, integrate
 from nesterov_triton.stepping.nystrom import NystromStepper
 from nesterov_triton.stepping.stepper import Stepper, TimeAxis
 
@@ -34,14 +35,30 @@ def forward(
         if not differentiable:
             states = _on_device(problem, flow, on_accept, progress)
             if states is not None:
-                return states
+                return _checked(problem, states, progress)
         else:
             problem.stats.loop = "eager: gradient='backprop' records every operation"
         stepper = _stepper(problem, flow, path, differentiable)
         z = problem.z if differentiable else problem.z.detach()
-        return integrate(stepper, z, problem.times.tolist(), problem.options, progress, on_accept)
+        states = integrate(stepper, z, problem.times.tolist(), problem.options, progress, on_accept)
+        return _checked(problem, states, progress)
     finally:
         problem.count(flow, progress)
+
+
+def _checked(problem: Problem, states: list[Tensor], progress: Progress) -> list[Tensor]:
+    """The states. Of the evaluations that dopri8's states inside a step take the loops' own checks see nothing.
+
+    Raises:
+        SolveError: one is not finite.
+    """
+    tableau = problem.tableau
+    if len(states) > 1 and len(tableau.interpolant) > tableau.stages:
+        for k, state in enumerate(states[:-1]):
+            if not finite_everywhere(state):
+                t = float(problem.times[k + 1].detach())
+                raise SolveError(Status.NON_FINITE, t, 0.0, progress.attempted, tuple(states[:k]))
+    return states
 
 
 def _stepper(problem: Problem, flow: Flow, path: Path, differentiable: bool) -> Stepper:

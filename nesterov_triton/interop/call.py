@@ -23,7 +23,7 @@ from nesterov_triton.interop.norms import AdjointMeasure, StateMeasure, Toleranc
 from nesterov_triton.interop.states import Adapted, AdaptedModule, Function, Layout, State
 from nesterov_triton.solve import Settings, bind, check_state, check_times, run
 from nesterov_triton.status import SolveError, Stats, Status
-from nesterov_triton.stepping.loop import LoopOptions, fixed_steps
+from nesterov_triton.stepping.loop import LoopOptions, finite_everywhere, fixed_steps
 from nesterov_triton.systems import FirstOrder, Momentum, System
 
 
@@ -334,7 +334,17 @@ class Call:
         return self.method.step_size is not None and self.times.requires_grad and 0 < k < len(points) - 1
 
     def slope(self, time: Tensor, z: Tensor) -> Tensor:
-        """The right-hand side at one more place, [D], with its graph; counted."""
+        """The right-hand side at one more place, [D], with its graph; counted.
+
+        Raises:
+            SolveError: it is not finite there.
+        """
+        found = self._slope(time, z)
+        if not finite_everywhere(found):
+            raise SolveError(Status.NON_FINITE, float(time.detach()), 0.0, self.stats.accepted)
+        return found
+
+    def _slope(self, time: Tensor, z: Tensor) -> Tensor:
         self.stats.nfe_forward += 1
         if self.adapted is not None:
             # Not by the solve's own: that one may have leaves in place of args.

@@ -12,6 +12,8 @@ from nesterov_triton.interop.names import untraced
 from nesterov_triton.interop.odeint import odeint
 from nesterov_triton.interop.states import Adapted, Function, Layout
 from nesterov_triton.interop.until import combined
+from nesterov_triton.status import SolveError, Status
+from nesterov_triton.stepping.loop import finite_everywhere
 
 
 @untraced
@@ -44,7 +46,7 @@ def odeint_event(
 
     Raises:
         ValueError, TypeError: bad input; the message names the argument and the fix.
-        SolveError: no event was reached.
+        SolveError: no event was reached, or func is not finite there.
     """
     if not isinstance(t0, Tensor) or t0.numel() != 1 or not t0.is_floating_point():
         raise TypeError("t0 must be a floating-point tensor of one time; for example torch.tensor(0.0)")
@@ -85,6 +87,8 @@ def _with_gradient(
         z = layout.flat(form([x.detach() for x in last]))
         slope = Adapted(func, layout, args)(time, z.view(layout.shapes[0]) if layout.simple else z).reshape(-1)
         slopes = layout.parts(slope)
+    if not finite_everywhere(slope):
+        raise SolveError(Status.NON_FINITE, float(wide), 0.0, 0, where="the event's gradient")
     t, leaves = wide.clone().requires_grad_(), [x.detach().requires_grad_() for x in last]
     with torch.enable_grad():
         value = g(t, form(leaves))

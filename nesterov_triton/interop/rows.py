@@ -21,8 +21,10 @@ from nesterov_triton.interop.call import Call
 from nesterov_triton.interop.norms import Tolerances
 from nesterov_triton.interop.options import CALLBACKS
 from nesterov_triton.interop.states import Layout
+from nesterov_triton.status import SolveError, Status
 from nesterov_triton.stepping import per_sample
 from nesterov_triton.stepping.dense_output import dense_output
+from nesterov_triton.stepping.loop import finite_everywhere
 from nesterov_triton.stepping.per_sample import Walk, combine, evaluate
 
 REFUSED = ("norm", "step_t", "jump_t")
@@ -79,6 +81,8 @@ def solve_rows(call: Call, gradient: GradientLike | None) -> list[Tensor]:
         for j, at in zip(wanted, inside, strict=True):
             outputs[j] = torch.where(held[j][:, None], at, outputs[j])
     backward = True
+    if not all(map(finite_everywhere, (*outputs, y))):  # the same steps again: func is not what it was
+        raise SolveError(Status.NON_FINITE, times[-1], 0.0, stats.accepted + stats.rejected)
     states = [rows.flat(x) for x in (*outputs, y)]
     params = trainable((*parameters(call.system.field), *call.params))
     if params and not at_once:

@@ -174,8 +174,10 @@ def _adaptive(
         if watchers.accept is not None:
             watchers.accept(t, z, h)
         # Beside an infinite state every error is small. It stays infinite, so that one look at the end is enough.
-        if t1 == end and not _finite(z1):
-            raise SolveError(Status.NON_FINITE, t, h, progress.attempted, tuple(itertools.takewhile(_finite, reached)))
+        if t1 == end and not finite_everywhere(z1):
+            raise SolveError(
+                Status.NON_FINITE, t, h, progress.attempted, tuple(itertools.takewhile(finite_everywhere, reached))
+            )
         outputs = _emit(stepper, t, t1, z, z1, times, reached)
         if on_accept is not None:
             on_accept(AcceptedStep(t, t1, z, outputs))
@@ -229,7 +231,7 @@ def _fixed(
         if t1 in options.jumps:
             stepper.restart()
         t, z = t1, z1
-    if not _finite(z):
+    if not finite_everywhere(z):
         bad = torch.isfinite(torch.stack(witnesses)).tolist().index(False)
         good = [r for k, r in enumerate(reached, 1) if sign * (times[k] - starts[bad]) <= 0]
         ends = [*starts[1:], t]
@@ -309,7 +311,7 @@ def _emit(
 _NOBODY = Watchers()
 
 
-def _finite(z: Tensor) -> bool:
+def finite_everywhere(z: Tensor) -> bool:
     """Whether all elements are, as far as they can be read. A sum may overflow where no element does, hence the second
     look."""
     return not transforms.readable(z) or math.isfinite(z.detach().sum()) or bool(torch.isfinite(z).all())
