@@ -34,11 +34,12 @@ def get(name: str) -> Method:
 def choose(system: System, rtol: Tensor | float, atol: Tensor | float, reversible: bool) -> Method:
     """The adaptive method that needs fewest evaluations of the field, as far as is known of the system beforehand.
 
-    Measured by `python -m benchmarks structure`: on trained fields nystrom4 needs half of what dopri5 and tsit5 need
+    Measured by `python -m benchmarks.structure`: on trained fields nystrom4 needs half of what dopri5 and tsit5 need
     for the same error, with gates and without; where the field is smooth and the tolerance tight, order 6 needs less
     still.
 
     Args:
+        rtol, atol: the solve's tolerances.
         reversible: whether its steps must be such as can be taken back.
     """
     if reversible:

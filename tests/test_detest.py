@@ -171,6 +171,10 @@ def test_the_reference_is_right_where_the_solution_is_known():
             assert value is None or found == pytest.approx(value, rel=1e-9)
 
 
+def test_every_adaptive_method_is_here() -> None:
+    assert set(KIND) == {name for name, tableau in nt.tableaus.TABLEAUS.items() if tableau.adaptive}
+
+
 @pytest.mark.parametrize("method", KIND)
 def test_every_problem_is_solved_as_well_as_by_scipy(method):
     tolerance = TOLERANCE.get(method, 1e-6)

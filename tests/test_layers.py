@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from support import GRADIENTS, METHODS, MODELS, MOMENTUM, Field, Recorder, features, options_for
 from torch import nn
 
@@ -43,6 +44,18 @@ def test_state_dict_round_trip(name):
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
     assert not other.load_state_dict(torch.load(buffer, weights_only=True)).missing_keys
+    assert torch.equal(layer(h), other(h))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_safetensors_round_trip(name, tmp_path):
+    layer, other = layer_of(name), layer_of(name)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p))
+    save_model(layer, str(tmp_path / "layer.safetensors"))
+    assert load_model(other, str(tmp_path / "layer.safetensors")) == (set(), [])
+    h = torch.randn(4, 3)
     assert torch.equal(layer(h), other(h))
 
 

@@ -29,6 +29,17 @@ def test_the_example_runs_and_learns():
     assert stats.nfe_backward > 0
 
 
+@pytest.mark.filterwarnings("ignore")  # of Lightning's, about loggers and workers
+def test_the_example_under_lightning_runs_and_learns(capsys):
+    code = re.findall(r"```python\n(.*?)```", section("A layer in your own training loop"), re.DOTALL)[1]
+    torch.manual_seed(0)
+    scope = {}
+    exec(compile(code, "README", "exec"), scope)
+    metrics = scope["trainer"].callback_metrics
+    assert metrics["loss"] < 5  # variance 10 before training
+    assert metrics["nfe_forward"] > 0
+
+
 def test_there_are_two_commands_for_a_fresh_machine():
     commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert len(commands) == 2
@@ -39,7 +50,7 @@ def test_every_layer_gradient_method_and_status_is_in_its_table():
     models = section("Models")
     for name in ("NODE", "ANODE", "SONODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE"):
         assert f"| `{name}(field" in models
-    for name in nt.tableaus.TABLEAUS:
+    for name in nt.methods.METHODS:
         assert f"`{name}`" in models
     for name in GRADIENTS:
         assert f'| `"{name}"`' in section("Choosing a gradient")

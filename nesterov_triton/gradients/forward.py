@@ -18,6 +18,7 @@ from nesterov_triton.stepping.fused_rk import FusedFirstOrderRK, FusedMomentumRK
 from nesterov_triton.stepping.loop import AcceptedStep, OnAccept, Progress, finite_everywhere, integrate
 from nesterov_triton.stepping.nystrom import NystromStepper
 from nesterov_triton.stepping.stepper import Stepper, TimeAxis
+from nesterov_triton.tableaus import Tableau
 
 
 def forward(
@@ -52,8 +53,8 @@ def _checked(problem: Problem, states: list[Tensor], progress: Progress) -> list
     Raises:
         SolveError: one is not finite.
     """
-    tableau = problem.tableau
-    if len(states) > 1 and len(tableau.interpolant) > tableau.stages:
+    method = problem.method
+    if len(states) > 1 and isinstance(method, Tableau) and len(method.interpolant) > method.stages:
         for k, state in enumerate(states[:-1]):
             if not finite_everywhere(state):
                 t = float(problem.times[k + 1].detach())

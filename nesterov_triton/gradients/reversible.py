@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nesterov_triton.gradients.forward import forward
-from nesterov_triton.gradients.leaves import check_cotangents, check_parameters, without_hooks
+from nesterov_triton.gradients.leaves import apart, check_cotangents, check_parameters
 from nesterov_triton.gradients.nystrom_sweep import NystromSweep, given
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.nystrom import METHODS, Nystrom
@@ -108,7 +108,7 @@ class _Reversible(torch.autograd.Function):
         bound = 10 * torch.finfo(end.dtype).eps ** 0.5 if strategy.bound is None else strategy.bound
         adjoint, again = torch.zeros_like(problem.z), 0
         try:
-            with problem.without_autocast(), without_hooks(problem.params):
+            with problem.without_autocast(), apart(flow.params):
                 for index in reversed(range(len(kept))):
                     spans = ctx.spans[index * strategy.every : (index + 1) * strategy.every]
                     before, before_adjoint, z = sweep.checkpoint(), adjoint, end
