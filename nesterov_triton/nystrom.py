@@ -75,8 +75,12 @@ class Nystrom:
         error_order: they are O(dt^(error_order + 1)).
         gated: for systems with a gate on the momentum; None where the method has no form for them.
         reversible: whether a step of size -dt takes a step of size dt back, to rounding.
-        interpolant_order: of dense output: x by the quintic, m by the quartic, that have values and slopes of both ends
-            (without a gate); cubics with a gate.
+
+    Dense output is Hermite's between the ends of a step, where the force is known: without a gate y is a quintic and v
+    its derivative; with one x and m are cubics.
+
+    Raises:
+        ValueError: the entries don't fit together.
     """
 
     name: str

@@ -150,11 +150,17 @@ class Settings:
         return cls(tableau, rtol, atol, strategy, options, loop, auto=auto, controller=controller)
 
     def of(self, system: System) -> Settings:
-        """These settings with the choice of a method made for the system, where it is to be; `on` has it."""
+        """These settings with the choice of a method made for the system, where it is to be; `on` has it.
+
+        Raises:
+            ValueError: the method is not for this system.
+        """
+        reversible = isinstance(self.gradient, gradients.Reversible)
+        tableau = methods.choose(system, self.rtol, self.atol, reversible) if self.auto else self.tableau
+        if isinstance(tableau, Nystrom):
+            check(tableau, system)
         if not self.auto:
             return self
-        reversible = isinstance(self.gradient, gradients.Reversible)
-        tableau = methods.choose(system, self.rtol, self.atol, reversible)
         options = replace(self.options, controller=_controller(self.controller, tableau))
         return replace(self, chosen=replace(self, tableau=tableau, options=options, auto=False))
 
@@ -302,8 +308,6 @@ def bind(
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1).contiguous()
-    if isinstance(settings.tableau, Nystrom):
-        check(settings.tableau, system)
     own = parameters(system.field)
     kind = h.device.type
     return Problem(
