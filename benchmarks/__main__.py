@@ -1,11 +1,11 @@
-"""`python -m benchmarks COMMAND`: sides or counts; `COMMAND --help` says more."""
+"""`python -m benchmarks COMMAND`: sides, counts, precision or scaling; `COMMAND --help` says more."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("sides", "counts")
+COMMANDS = ("sides", "counts", "precision", "scaling")
 
 
 def main() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 _RELATIONS = {"<=": "≤", ">=": "≥", "=": "="}
 
 
@@ -71,7 +73,7 @@ def machine() -> str:
 def folder() -> Path:
     """Where this machine's results are kept, under a name made of the machine's own."""
     slug = re.sub(r"[^a-z0-9]+", "-", machine().lower()).strip("-")
-    path = Path(__file__).parent / "results" / slug
+    path = RESULTS / slug
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -100,6 +102,45 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
+def origin(packages: Sequence[str]) -> dict[str, Any]:
+    """Where and when a number comes from; without the machine."""
+    return {"date": today(), "commit": commit(), "versions": versions("nesterov-triton", *packages)}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def keep_rows(
+    path: Path,
+    columns: Sequence[str],
+    key: str,
+    value: str,
+    rows: Sequence[Mapping[str, Any]],
+    packages: Sequence[str],
+    machine: str = "",
+) -> None:
+    """Put rows into a CSV file in the place of those whose column `key` is `value`; the other rows stay.
+
+    Beside it a JSON file says for each value where its rows come from, and on which machine, if that matters.
+    """
+    others = [row for row in read_rows(path) if row[key] != value]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*others, *rows])
+    about = path.with_suffix(".json")
+    stored = json.loads(about.read_text()) if about.exists() else {}
+    origins = stored.get("origins", {}) | {value: origin(packages)}
+    header = {"machine": machine} if machine else {}
+    about.write_text(json.dumps(header | {"origins": origins}, indent=1) + "\n")
+
+
 def run(
     name: str,
     description: str,
@@ -116,8 +157,8 @@ def run(
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--rounds", type=int, default=60, help="rounds of the timed contenders (default: %(default)s)")
-    output = Path(__file__).parent / "results" / f"{name}.json"
-    parser.add_argument("--output", type=Path, default=output, help=f"JSON file (default: results/{name}.json)")
+    output = folder() / f"{name}.json"
+    parser.add_argument("--output", type=Path, default=output, help="JSON file (default: in this machine's folder)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines, numbers = measure(arguments.rounds)
