@@ -152,7 +152,7 @@ def torchdiffeq_() -> Iterator[Method]:
                 try:
                     y = torchdiffeq.odeint(rates, y0, t, rtol=tolerance, atol=tolerance, method=name)
                 except AssertionError as error:
-                    raise NotSolved(str(error)) from None
+                    raise NotSolved(str(error).rstrip("0123456789.e+- ")) from None
                 final: Array = y[-1].numpy()
                 return final
 
