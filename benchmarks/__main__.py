@@ -1,11 +1,11 @@
-"""`python -m benchmarks COMMAND`: sides, counts, precision or scaling; `COMMAND --help` says more."""
+"""`python -m benchmarks COMMAND`: sides, counts, precision, scaling or report; `COMMAND --help` says more."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("sides", "counts", "precision", "scaling")
+COMMANDS = {name: name for name in ("sides", "counts", "precision", "scaling")} | {"report": "page"}
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     if command not in COMMANDS:
         print(__doc__)
         sys.exit(command not in ("-h", "--help"))
-    importlib.import_module(f"benchmarks.{command}").main(arguments)
+    importlib.import_module(f"benchmarks.{COMMANDS[command]}").main(arguments)
 
 
 if __name__ == "__main__":

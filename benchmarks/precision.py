@@ -52,7 +52,7 @@ class NotSolved(Exception):
 
 
 class TooMany(NotSolved):
-    """A solve asked for more than `MOST` evaluations; one at a tighter tolerance would, too."""
+    """A solve asked for more than `MOST` evaluations."""
 
     def __init__(self) -> None:
         super().__init__(f"more than {MOST} evaluations")
@@ -321,11 +321,11 @@ def methods() -> list[Method]:
 
 
 def curve(method: Method, problem: InitialValues, tolerances: Sequence[float] = TOLERANCES) -> list[dict[str, Any]]:
-    """A row for each tolerance; after one at which the evaluations were too many there are no more.
+    """A row for each tolerance, until the evaluations become too many.
 
     Empty where the method is not for such a problem.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     solve, counter = None, Counter()
     for tolerance in tolerances:
         counter.calls = 0
@@ -343,8 +343,10 @@ def curve(method: Method, problem: InitialValues, tolerances: Sequence[float] = 
         except Absent:
             return []
         except TooMany as why:
-            rows.append(row | {"note": str(why)})
-            break
+            row["note"] = str(why)
+            if any(not earlier["note"] for earlier in rows):  # else it was lost, and may do better with smaller steps
+                rows.append(row)
+                break
         except NotSolved as why:
             row["note"] = str(why)
         rows.append(row)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_RELATIONS = {"<=": "≤", ">=": "≥", "=": "="}
+RELATIONS = {"<=": "≤", ">=": "≥", "=": "="}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Line:
 
     def row(self) -> str:
         what = f"{self.what} ({self.note})" if self.note else self.what
-        target = f"{_RELATIONS[self.target[0]]} {self.target[1]:g}" if self.target else ""
+        target = f"{RELATIONS[self.target[0]]} {self.target[1]:g}" if self.target else ""
         met = {None: "", True: "yes", False: "**no**"}[self.met]
         return f"| {what} | {self.value:.3g} | {target} | {met} |"
 
@@ -128,15 +128,17 @@ def keep_rows(
 
     Beside it a JSON file says for each value where its rows come from, and on which machine, if that matters.
     """
-    others = [row for row in read_rows(path) if row[key] != value]
+    stored = read_rows(path)
+    place = next((i for i, row in enumerate(stored) if row[key] == value), len(stored))
+    before, after = ([row for row in part if row[key] != value] for part in (stored[:place], stored[place:]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*others, *rows])
+        writer.writerows([*before, *rows, *after])
     about = path.with_suffix(".json")
-    stored = json.loads(about.read_text()) if about.exists() else {}
-    origins = stored.get("origins", {}) | {value: origin(packages)}
+    known = json.loads(about.read_text()) if about.exists() else {}
+    origins = known.get("origins", {}) | {value: origin(packages)}
     header = {"machine": machine} if machine else {}
     about.write_text(json.dumps(header | {"origins": origins}, indent=1) + "\n")
 

@@ -144,9 +144,9 @@ def measure(
     module: Any = None
     for value in values:
         case = Case(axis, value)
-        if compiled and axis == "batch" and way == "forward" and value > 1:  # 1 would be a graph of its own
-            if module is None:  # one for all: weights are drawn before the batch, so that they are the same
-                module = torch.compile(case.layer, fullgraph=True, dynamic=True)
+        # A batch of 1 would be a graph of its own; the others share one: weights are drawn before the batch.
+        if compiled and axis == "batch" and way == "forward" and value > 1 and module is None:
+            module = torch.compile(case.layer, fullgraph=True, dynamic=True)
         calls = case.contenders(way, module)
         for call in calls.values():
             call()
