@@ -5,7 +5,7 @@ field alone: what its evaluations would take if the rest cost nothing. Beside th
 and jax (jit, Dopri5, its default adjoint) on the same system. Every answer and gradient is first held against a tight
 float64 solution. Seconds of compilation are wall time, with an empty cache.
 
-Prints a Markdown table and writes `benchmarks/results/compiled.json`.
+Prints a Markdown table and writes `compiled.json` into this machine's folder of `benchmarks/results`.
 """
 
 from __future__ import annotations

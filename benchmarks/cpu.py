@@ -6,7 +6,7 @@ Times are CPU time. The contenders take turns in an order drawn anew in each rou
 ratios within a round, so that a machine that slows down slows down all of them. Counts of operators and bytes are exact
 (see `benchmarks.counters`).
 
-Prints a Markdown table and writes `benchmarks/results/cpu.json`.
+Prints a Markdown table and writes `cpu.json` into this machine's folder of `benchmarks/results`.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ from benchmarks.contenders import OURS, Absent, load
 from benchmarks.initial_values import GROUPS, Array, Field, InitialValues, problems
 from benchmarks.report import RESULTS, folder, installed, keep_rows, machine, read_rows
 from benchmarks.timing import interleave
+from nesterov_triton.methods import METHODS
+from nesterov_triton.nystrom import Nystrom, check
+from nesterov_triton.systems import as_system
 
 TOLERANCES = tuple(10.0**-k for k in range(2, 10))
 MOST, MOST_TIMED = 6000, 2000
@@ -104,36 +107,33 @@ def _field(problem: InitialValues, counter: Counter | None) -> Field:
 # --- this package
 
 
-def _own_methods() -> dict[str, Any]:
-    found: dict[str, Any] = dict(nt.tableaus.TABLEAUS)
-    with suppress(ImportError):  # methods for momentum systems alone have a registry of their own
-        found |= importlib.import_module("nesterov_triton.nystrom").METHODS
-    return {name: method for name, method in found.items() if method.adaptive}
-
-
 def ours() -> Iterator[Method]:
-    def prepare(name: str) -> Callable[[InitialValues, Counter | None], Solve]:
+    def prepare(method: Any) -> Callable[[InitialValues, Counter | None], Solve]:
         def prepared(problem: InitialValues, counter: Counter | None) -> Solve:
             y0 = torch.tensor(problem.y0)
-            system = problem.system(_field(problem, counter))
+            system = as_system(problem.system(_field(problem, counter)))
+            if isinstance(method, Nystrom):
+                try:
+                    check(method, system)
+                except ValueError as error:
+                    raise Absent(str(error)) from None
             state: Any = (y0[0], y0[1]) if problem.momentum else y0
+            times = (problem.t0, problem.t1)
 
             def solve(tolerance: float) -> Array:
-                times = (problem.t0, problem.t1)
                 try:
-                    final = nt.solve(system, state, times, method=name, rtol=tolerance, atol=tolerance).final
+                    final = nt.solve(system, state, times, method=method.name, rtol=tolerance, atol=tolerance).final
                 except nt.SolveError as error:
                     raise NotSolved(error.status.name) from None
-                except ValueError as error:  # before any work: the method is for other systems
-                    raise Absent(str(error)) from None
                 return (torch.stack(final) if isinstance(final, tuple) else final).numpy()
 
             return solve
 
         return prepared
 
-    for name, method in _own_methods().items():
-        yield Method(OURS, name, method.order, prepare(name))
+    for name, method in METHODS.items():
+        if method.adaptive:
+            yield Method(OURS, name, method.order, prepare(method))
 
 
 # --- torchdiffeq
@@ -362,7 +362,12 @@ def measure_times(
     Args:
         budget: seconds for the rounds at a tolerance; there are at least 3 and at most 15.
     """
-    prepared = {(method.package, method.name): method.prepare(problem, None) for method in found}
+    answered = {(row["package"], row["method"]) for row in rows}
+    prepared = {
+        (method.package, method.name): method.prepare(problem, None)
+        for method in found
+        if (method.package, method.name) in answered
+    }
     timed = []
     for tolerance in dict.fromkeys(row["tolerance"] for row in rows):
         calls: dict[str, Callable[[], object]] = {}

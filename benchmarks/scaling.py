@@ -25,7 +25,8 @@ import torchdiffeq
 from torch import Tensor
 
 import nesterov_triton as nt
-from benchmarks.problems import BOUND, T0, T1, TOLERANCE, XI, Problem, TorchdiffeqSystem, kappa, relative_error
+from benchmarks.cases import RightHandSide
+from benchmarks.problems import BOUND, T0, T1, TOLERANCE, XI, Problem, relative_error
 from benchmarks.report import folder, keep_rows, machine
 from benchmarks.timing import interleave
 
@@ -68,11 +69,11 @@ class Case:
         return h[None] if len(self.times) == 2 else h[1:]
 
     def torchdiffeq(self, adjoint: bool = False) -> Tensor:
-        system = TorchdiffeqSystem(self.problem.field)
+        system = RightHandSide("GNesterovNODE", self.problem.field, None)
         h0, t = self.problem.h0, self.times
         odeint = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
-        z = odeint(system, torch.stack([h0 / kappa(t[0]), torch.zeros_like(h0)]), t, **self.peer)
-        h: Tensor = kappa(t[1:])[:, None, None] * z[1:, 0]
+        z = odeint(system, system.start(h0, t[0]), t, **self.peer)
+        h: Tensor = system.scale(t[1:])[:, None, None] * z[1:, 0]
         return h
 
     def train(self, solve: Callable[[], Tensor]) -> object:

@@ -17,6 +17,7 @@ from benchmarks.initial_values import TRAINED, detest_problem, oscillator, point
 from benchmarks.precision import Counter, Method, NotSolved, TooMany, curve, methods
 from benchmarks.report import RESULTS, keep_rows, read_rows
 from nesterov_triton.experiments.paper.point_cloud import EXPERIMENT, load
+from nesterov_triton.methods import METHODS
 
 
 def by_scipy(problem, tolerance=1e-11):
@@ -47,24 +48,33 @@ def test_the_trained_networks_truth_is_scipys_and_its_system_the_experiments():
 
 
 def test_every_adaptive_method_of_the_registry_is_there_and_a_new_one_appears(monkeypatch):
-    own = [name for name, tableau in nt.tableaus.TABLEAUS.items() if tableau.adaptive]
     found = [method.name for method in precision.ours()]
-    assert set(own) <= set(found)
-    assert "rk4" not in found
-    monkeypatch.setitem(nt.tableaus.TABLEAUS, "dopri5_again", replace(nt.tableaus.get("dopri5"), name="dopri5_again"))
-    assert {method.name for method in precision.ours()} == {*found, "dopri5_again"}
+    assert found == [name for name, method in METHODS.items() if method.adaptive]
+    assert {"dopri5", "nystrom4", "strang"} <= set(found)
+    monkeypatch.setitem(METHODS, "dopri5_again", replace(METHODS["dopri5"], name="dopri5_again"))
+    again = [method for method in precision.ours() if method.name == "dopri5_again"]
+    assert [row["evaluations"] for row in curve(again[0], oscillator(), (1e-3,))] == [224]
 
 
-@pytest.mark.parametrize("problem", [oscillator(), detest_problem("E3")], ids=lambda problem: problem.name)
+def test_a_method_for_other_systems_has_no_curve():
+    (strang,) = (method for method in precision.ours() if method.name == "strang")
+    assert curve(strang, detest_problem("A1")) == []
+
+
+@pytest.mark.parametrize("problem", [oscillator(), detest_problem("E1")], ids=lambda problem: problem.name)
 def test_every_methods_evaluations_are_counted_and_its_error_falls(problem):
     """Of every package that is installed. diffrax's take a second each to compile: two of them."""
     for method in methods():
         if method.package == "diffrax" and method.name not in ("Dopri5", "Heun"):
             continue
-        loose, tight = curve(method, problem, (1e-2, 1e-5 if method.order > 3 else 1e-4))
+        rows = curve(method, problem, (1e-3, 1e-6 if method.order > 3 else 1e-4))
+        if not rows:
+            assert not problem.momentum
+            continue
+        loose, tight = rows
         assert not loose["note"], (method.package, method.name, loose)
         assert int(loose["evaluations"]) < int(tight["evaluations"]), (method.package, method.name)
-        assert float(tight["error"]) < 0.1 * float(loose["error"]), (method.package, method.name)
+        assert float(tight["error"]) < 0.2 * float(loose["error"]), (method.package, method.name)
 
 
 def test_the_counter_says_what_the_package_says():
@@ -136,7 +146,7 @@ def test_problems_together_count_where_all_were_solved():
     assert found.points == ((40.0, pytest.approx(1e-3)),)
     works = {("p", OURS, "m", "1e-3"): 5.0}
     (timed,) = curves.curves(rows, ["p"], works)
-    assert timed.points == ((5.0, 1e-3),)
+    assert timed.points == ((5.0, pytest.approx(1e-3)),)
 
 
 def test_rows_take_the_place_of_those_of_their_problem_alone(tmp_path):
@@ -145,7 +155,7 @@ def test_rows_take_the_place_of_those_of_their_problem_alone(tmp_path):
         keep_rows(
             path, ("problem", "value"), "problem", problem, [{"problem": problem, "value": value}], ("torch",), "M"
         )
-    assert read_rows(path) == [{"problem": "q", "value": "2"}, {"problem": "p", "value": "3"}]
+    assert read_rows(path) == [{"problem": "p", "value": "3"}, {"problem": "q", "value": "2"}]
     about = json.loads(path.with_suffix(".json").read_text())
     assert about["machine"] == "M"
     assert set(about["origins"]) == {"p", "q"}
@@ -204,7 +214,7 @@ def test_of_one_machine_the_newest_counts(tmp_path):
 
 
 def test_a_peer_that_needs_fewer_evaluations_is_said(tmp_path):
-    rows = [row("p", "m", "1e-3", 100, 1e-3), row("p", "n", "1e-3", 80, 1e-3, package="torchdiffeq")]
+    rows = [row("p", "m", "1e-3", 100, 9e-4), row("p", "n", "1e-3", 80, 9e-4, package="torchdiffeq")]
     keep_rows(tmp_path / "precision.csv", precision.COLUMNS, "problem", "p", rows, ("torch",))
     assert "- Evaluations of the field, p: to error 1e-3 torchdiffeq's n takes 80 % of m's." in page.page(tmp_path)
 
