@@ -278,6 +278,8 @@ def load(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise Absent(f"{name.partition('.')[0]} is not installed here ({error}); see the extra `peers`") from None
+    except (OSError, RuntimeError) as error:  # as of a torchvision made for another build of torch, under torchdyn
+        raise Absent(f"{name.partition('.')[0]} cannot be imported here ({error})") from None
 
 
 # --- the entries of every table; the first word is the package

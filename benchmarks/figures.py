@@ -54,9 +54,11 @@ def _diagrams(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]], work: s
             own = curve.package == OURS
             axis.plot(xs, ys, style, color=colour, marker=".", markersize=4, linewidth=1.8 if own else 1.0)
             ends.append((xs[-1], ys[-1], curve.name.replace("nesterov_triton", "here:"), colour))
+        axis.set_yscale("log")
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_xlabel(work, fontsize=9)
         axis.set_ylabel("global error", fontsize=9)
+        axis.set_ylim(top=min(10.0, axis.get_ylim()[1]))  # a solution that is lost is lost
         _finish(axis, ends)
     _save(figure, path)
 

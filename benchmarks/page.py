@@ -145,7 +145,7 @@ def _slower(stored: Stored) -> list[str]:
         for way, names in OWN.items():
             for own, cases in _behind(machine, way, names).items():
                 for peer, found in cases.items():
-                    places = ", ".join(f"{case} {_number(1 / value)} times" for case, value in found)
+                    places = ", ".join(f"{case} ({_number(1 / value)} times)" for case, value in found)
                     lines.append(f"- {machine.letter}, {SAID[way]}: {peer} is faster than {_own(own)}: {places}.")
         lines += _behind_in_scaling(machine)
         works = milliseconds(machine.rows.get("precision", []))
@@ -179,9 +179,9 @@ def _behind(machine: Machine, way: str, names: Sequence[str]) -> dict[str, dict[
 def _behind_in_scaling(machine: Machine) -> list[str]:
     lines = []
     for (axis, way, threads), ratios in _scaling_ratios(machine, EAGER).items():
-        if behind := [f"{value} {_number(1 / ratio)} times" for value, ratio in ratios.items() if ratio < FASTER]:
+        if behind := [f"{value} ({_number(1 / ratio)} times)" for value, ratio in ratios.items() if ratio < FASTER]:
             said = f"{SAID[way]}, {threads} thread{'s' if threads != '1' else ''}"
-            lines.append(f"- {machine.letter}, {said}, along the {axis}: torchdiffeq is faster: {', '.join(behind)}.")
+            lines.append(f"- {machine.letter}, {said}, along the {axis}: torchdiffeq is faster at {', '.join(behind)}.")
     return lines
 
 

@@ -6,7 +6,7 @@ import scipy.integrate
 import torch
 
 from benchmarks.cases import MODELS, Case, WrongAnswer
-from benchmarks.contenders import FORWARD, TRAIN, Absent, ours, torchdiffeq_
+from benchmarks.contenders import FORWARD, TRAIN, Absent, load, ours, torchdiffeq_
 from benchmarks.timing import interleave, ratio
 
 
@@ -110,3 +110,12 @@ def test_ratios_are_taken_within_a_round():
     seconds = interleave(contenders, rounds=2, warm_up=0, clock=lambda: next(ticks))
     assert sorted(calls) == ["a", "a", "b", "b"]
     assert ratio(seconds, "a", "b") == sum(a / b for a, b in zip(seconds["a"], seconds["b"], strict=True)) / 2
+
+
+def test_a_peer_that_breaks_when_it_is_imported_is_absent_and_says_why(tmp_path, monkeypatch):
+    (tmp_path / "broken_peer.py").write_text("raise RuntimeError('operator does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Absent, match=r"broken_peer cannot be imported here \(operator does not exist\)"):
+        load("broken_peer")
+    with pytest.raises(Absent, match="no_such_peer is not installed here"):
+        load("no_such_peer.part")

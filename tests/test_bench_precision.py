@@ -197,7 +197,7 @@ def test_the_page_says_first_where_a_peer_is_faster(tmp_path):
     results(tmp_path, "Second processor", 0.5, letter="b")
     said = page.page(tmp_path)
     first = said.split("\n## ")[1]
-    assert "- B, forward: torchdiffeq odeint is faster than this package, eager: NODE, small 2 times." in first
+    assert "- B, forward: torchdiffeq odeint is faster than this package, eager: NODE, small (2 times)." in first
     assert "- A" not in first
     assert said.index("### Forward\n") < said.index("### Forward, milliseconds")  # ratios first
     assert "| NODE, small | A | eager | 2.5 | 3 |" in said
