@@ -168,7 +168,7 @@ def evaluations() -> tuple[list[Line], dict[str, Any]]:
             best = min(found, key=found.__getitem__)
             targets = TARGET_GATED if problem.gated else TARGET
             target = ("<=", targets[error]) if error in targets else None
-            lines.append(Line(f"{name}, error {error:.0e}", found[best] / min(general), target, best))
+            lines.append(Line(f"{name}, error {error:.0e}, {best}", found[best] / min(general), target))
             if name[-1].isdigit() and "nystrom4" in found:
                 ratios.setdefault((problem.gated, error), []).append(found["nystrom4"] / min(general))
     for (gated, error), values in ratios.items():
