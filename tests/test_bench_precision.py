@@ -213,6 +213,16 @@ def test_of_one_machine_the_newest_counts(tmp_path):
     assert "| ratio | 5 | ≥ 1 |" in page.page(tmp_path)
 
 
+def test_a_gpus_file_stands_beside_the_cpus(tmp_path):
+    results(tmp_path, "A processor", 3.0)
+    lines = [{"what": "ratio", "value": 9.0, "target": None, "note": "", "met": None}]
+    found = {"gpu": "Some GPU", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2.13"}, "table": lines}
+    (tmp_path / "some-gpu-2026-01-01.json").write_text(json.dumps(found))
+    said = page.page(tmp_path)
+    assert "### gpu\n\n|  | B | aim |\n| --- | ---: | ---: |\n| ratio | 9 |  |" in said
+    assert "| B, Some GPU | gpu | 2026-01-01 | abc | torch 2.13 |" in said
+
+
 def test_a_peer_that_needs_fewer_evaluations_is_said(tmp_path):
     rows = [row("p", "m", "1e-3", 100, 9e-4), row("p", "n", "1e-3", 80, 9e-4, package="torchdiffeq")]
     keep_rows(tmp_path / "precision.csv", precision.COLUMNS, "problem", "p", rows, ("torch",))
