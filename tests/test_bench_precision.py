@@ -67,14 +67,14 @@ def test_every_methods_evaluations_are_counted_and_its_error_falls(problem):
     for method in methods():
         if method.package == "diffrax" and method.name not in ("Dopri5", "Heun"):
             continue
-        rows = curve(method, problem, (1e-3, 1e-6 if method.order > 3 else 1e-4))
+        rows = curve(method, problem, (1e-3, 1e-6) if method.order > 3 else (1e-2, 1e-3))
         if not rows:
             assert not problem.momentum
             continue
         loose, tight = rows
         assert not loose["note"], (method.package, method.name, loose)
         assert int(loose["evaluations"]) < int(tight["evaluations"]), (method.package, method.name)
-        assert float(tight["error"]) < 0.2 * float(loose["error"]), (method.package, method.name)
+        assert float(tight["error"]) < 0.5 * float(loose["error"]), (method.package, method.name)
 
 
 def test_the_counter_says_what_the_package_says():
