@@ -7,7 +7,6 @@ from typing import TypeAlias
 from torch import Tensor
 
 from nesterov_triton import nystrom, tableaus
-from nesterov_triton._names import lookup
 from nesterov_triton.gates import Identity
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.systems import Momentum, System
@@ -20,15 +19,13 @@ GENERAL = tableaus.get("dopri5")  # what takes any system, and any loop
 
 
 def get(name: str) -> Method:
-    """The method of this name.
+    """The method of this name; the general one for "auto".
 
     Raises:
         TypeError: `name` is not a string.
         ValueError: no method has this name; the message gives the nearest one and all of them.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"method must be a name such as 'dopri5', got {type(name).__name__}")
-    return lookup("method", name, {**METHODS, "auto": GENERAL})
+    return tableaus.named(name, {**METHODS, "auto": GENERAL})
 
 
 def choose(system: System, rtol: Tensor | float, atol: Tensor | float, reversible: bool) -> Method:

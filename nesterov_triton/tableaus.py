@@ -21,11 +21,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 from nesterov_triton._names import lookup
 
 __all__ = ["TABLEAUS", "Tableau", "get"]
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
@@ -601,6 +603,11 @@ def get(name: str) -> Tableau:
         TypeError: `name` is not a string.
         ValueError: no method has this name; the message gives the nearest one and all of them.
     """
+    return named(name, TABLEAUS)
+
+
+def named(name: str, methods: Mapping[str, M]) -> M:
+    """The one of `methods` that has this name; raises as `get`."""
     if not isinstance(name, str):
         raise TypeError(f"method must be a name such as 'dopri5', got {type(name).__name__}")
-    return lookup("method", name, TABLEAUS)
+    return lookup("method", name, methods)

@@ -20,7 +20,7 @@ from nesterov_triton import tableaus
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
-from nesterov_triton.gradients.leaves import apart, check_cotangents, check_leaves, check_parameters
+from nesterov_triton.gradients.leaves import apart, check_cotangents, check_leaves, check_parameters, refuse_graph
 from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
@@ -121,12 +121,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        # At once: once_differentiable lets torch.autograd.grad go by with zeros.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the adjoint's gradient has no graph of its own (create_graph=True): for second derivatives use "
-                "gradient='discrete' or 'backprop'"
-            )
+        refuse_graph("adjoint's")
         problem: Problem = ctx.back
         check_parameters(problem)
         check_cotangents(cotangents)

@@ -73,6 +73,20 @@ def check_cotangents(cotangents: Sequence[Tensor | None]) -> None:
         raise RuntimeError(_TRANSFORMED)
 
 
+def refuse_graph(strategy: str) -> None:
+    """Raise in a backward pass that is to have a graph of its own (create_graph=True), which the strategy has not.
+
+    Raises:
+        RuntimeError: naming the fix.
+    """
+    # At once: once_differentiable lets torch.autograd.grad go by with zeros.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the {strategy} gradient has no graph of its own (create_graph=True): for second derivatives use "
+            "gradient='discrete' or 'backprop'"
+        )
+
+
 def check_parameters(problem: Problem) -> None:
     """Raise where the field no longer has the parameters that the forward pass used.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nesterov_triton.gradients.forward import forward
-from nesterov_triton.gradients.leaves import apart, check_cotangents, check_parameters
+from nesterov_triton.gradients.leaves import apart, check_cotangents, check_parameters, refuse_graph
 from nesterov_triton.gradients.nystrom_sweep import NystromSweep, given
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.nystrom import METHODS, Nystrom
@@ -88,11 +88,7 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the reversible gradient has no graph of its own (create_graph=True): for second derivatives use "
-                "gradient='discrete' or 'backprop'"
-            )
+        refuse_graph("reversible")
         problem: Problem = ctx.problem
         check_parameters(problem)
         check_cotangents(cotangents)
