@@ -73,8 +73,10 @@ class Layer(nn.Module):
 
     def _run(self, state: State, h: Tensor, times: Tensor) -> Solution:
         if torch.compiler.is_compiling():
+            from nesterov_triton.compiled.solve import exporting  # takes in all of torch's compiler
+
             solution = run(self.system, state, h, times, self.settings)
-            if not torch.compiler.is_exporting():  # an exported program has no layer to tell
+            if not exporting():  # an exported program has no layer to tell
                 self.stats = solution.stats
             return solution
         self.stats = Stats()  # of this call, also where it fails

@@ -15,6 +15,7 @@ import nesterov_triton as nt
 from nesterov_triton.status import Stats
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+BEFORE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 LAYERS = ["NODE", "ANODE", "SONODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE"]
 
 
@@ -280,6 +281,16 @@ def test_tensors_that_would_get_no_gradient_are_refused(gradient):
         compiled(nt.NODE(lambda t, h: w * h, gradient=gradient))(features(3, 2))
 
 
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize("field", [lambda t, h: h[:1], lambda t, h: h.float()])
+def test_a_field_that_does_not_fit_the_state_is_refused(field, grads):
+    """Whatever would broadcast, or be cast, without a word."""
+    refusal = pytest.raises(Exception, match=r"field returned shape.*for h of shape \(3, 2\) torch.float64")
+    with refusal, torch.set_grad_enabled(grads):
+        compiled(nt.NODE(field))(features(3, 2))
+
+
+@pytest.mark.skipif(BEFORE_2_13, reason="a loop there may change no buffer")
 def test_a_trial_of_the_field_leaves_no_trace():
     """Buffers that count calls are as if nothing had been tried."""
 

@@ -80,7 +80,7 @@ def start(
         dt = sign * options.first_step
     else:
         dt = sign * _initial_step(plan, flow, t, end, rows, first)
-    return _control(t, dt), kept(plan.tableau, flow, rows, first) if fsal else [], int(bool(first)) + chosen
+    return _control(t, dt), kept(plan.tableau, flow, rows, first) if fsal else [], (1 if first else 0) + chosen
 
 
 def _control(t: Tensor, dt: Tensor) -> Control:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -86,8 +87,11 @@ def run(
     setting = Setting(bound, plan, _backward_plan(plan, gradient), len(rows), times.requires_grad)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, times, *tensors))
     strategy = type(gradient)
+    momentum, named = isinstance(system, Momentum), isinstance(field, nn.Module)
+    try_field(
+        id(system) if momentum else 0, id(field) if named else field, h, autocast is None, torch.is_grad_enabled()
+    )
     if torch.is_grad_enabled():
-        check_seen(system, h)
         without_donation()
     # The solver's own arithmetic keeps the state's dtype.
     with nullcontext() if autocast is None else torch.autocast(kind, enabled=False):
@@ -119,18 +123,30 @@ def without_donation() -> bool:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def check_seen(system: System, h: Tensor) -> bool:
-    """Raise where field or gates use tensors that need gradients and would silently get none.
+def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> bool:
+    """Raise where the field does not fit the state, or uses tensors that need gradients and would silently get none.
 
-    A tracer does not tell: this runs in Python, once for each trace, and evaluates the field once on zeros.
+    A tracer does not tell, and sizes that it compares become constants of the trace: this runs in Python, once for each
+    trace, and evaluates the field once on zeros.
+
+    Args:
+        system: the identity of a momentum system; 0 for one of first order.
+        field: a module's identity, or a function.
+        h: a state.
+        exact: whether the field must return the state's dtype.
+        grads: whether there will be gradients.
 
     Raises:
-        RuntimeError: naming their shapes.
+        ValueError: naming the shapes and dtypes that do not agree.
+        RuntimeError: naming the shapes of the tensors that would get no gradient.
     """
-    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-        features = [torch.zeros_like(h).requires_grad_() for _ in range(1 + system.sees_momentum)]
+    momentum: Momentum | None = _known_by(system) if system else None
+    field = _known_by(field) if isinstance(field, int) else field
+    sees_momentum = momentum is not None and momentum.sees_momentum
+    # torch.export records a change of the mode, even to the same.
+    with torch.enable_grad() if grads else nullcontext(), torch._C.DisableTorchFunctionSubclass():
+        features = [torch.zeros_like(h).requires_grad_(grads) for _ in range(1 + sees_momentum)]
         t = torch.ones((), dtype=h.dtype, device=h.device)
-        field: Any = system.field
         if isinstance(field, nn.Module):
             # Buffers as copies: a trial must not count in anybody's running mean.
             copies = {name: b.clone() for name, b in field.named_buffers()}
@@ -138,10 +154,28 @@ def check_seen(system: System, h: Tensor) -> bool:
             seen = [*features, *field.parameters()]
         else:
             u, seen = field(t, *features), features
-        leaves.refuse_unseen(u, seen)
-        if isinstance(system, Momentum):
-            leaves.check_gates(system, h.dtype, h.device)
+        if u.shape != h.shape or (u.dtype != h.dtype and exact):
+            raise ValueError(
+                f"field returned shape {tuple(u.shape)} {u.dtype} for h of shape {tuple(h.shape)} {h.dtype}; "
+                "return h's shape and dtype"
+            )
+        if grads:
+            leaves.refuse_unseen(u, seen)
+            if momentum is not None:
+                leaves.check_gates(momentum, h.dtype, h.device)
     return True
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which before 2.13 is always true for a tracer."""
+    return torch.compiler.is_exporting()
+
+
+def _known_by(identity: int) -> Any:
+    """The object of this identity, which the traced code holds. torch before 2.13 hands on no objects but by name; to
+    take an identity is to guard it."""
+    return ctypes.cast(identity, ctypes.py_object).value
 
 
 def _numbers_of(owner: Any) -> tuple[float | int | None, ...]:
@@ -158,13 +192,15 @@ def _numbers_of(owner: Any) -> tuple[float | int | None, ...]:
     return (*tolerances, o.step_size, o.first_step, o.max_steps, c.safety, c.min_factor, c.max_factor, *shape)
 
 
-_as_constants: Any = torch._dynamo.assume_constant_result(_numbers_of)  # type: ignore[no-untyped-call]
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _as_constants(owner: int) -> tuple[float | int | None, ...]:
+    return _numbers_of(_known_by(owner))
 
 
 def numbers(owner: Any) -> list[Any]:
     """These numbers as constants of the trace, with a guard on each: with `dynamic=True` a tracer takes numbers for
     inputs, and a loop takes none."""
-    constants = _as_constants(owner)
+    constants = _as_constants(id(owner))
     if isinstance(owner, Momentum):
         id(owner.gate_x), id(owner.gate_f)  # to look at an identity is to guard it
     for number, constant in zip(_numbers_of(owner), constants, strict=True):
