@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nesterov_triton import ops
+from nesterov_triton.stepping.scratch import SHELF
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
@@ -226,6 +227,7 @@ class LiveMemory(TorchDispatchMode):
         self._collect = False
 
     def __enter__(self) -> LiveMemory:
+        SHELF.clear()  # what solves before have left would not be counted
         gc.collect()
         self._collect = gc.isenabled()
         gc.disable()

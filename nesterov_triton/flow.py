@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,9 +96,13 @@ class Flow:
         self.time_grads, self.coefficient_grads = time_grads, coefficient_grads
         self.rows = system.rows
         self._values: tuple[float, float] | None = None  # of damping and xi
+        self._known: dict[float, Coefficients[float]] = {}  # at the times that `at` was last asked for
         # An ensemble has a damping and a xi for each member: tensors then, instead of numbers.
         self._hidden = not all(map(transforms.readable, scalars.values()))
-        self._gates = momentum.Gates.of(system.gate_x, system.gate_f) if isinstance(system, Momentum) else None
+        self._gates: momentum.Gates | None = None
+        if isinstance(system, Momentum):
+            self._gates = momentum.Gates.of(system.gate_x, system.gate_f)
+            self._factors: Any = system.rule.coefficients if system.follows_rule else system.coefficients
 
     # -- the time alone ------------------------------------------------------------------------------------------------
 
@@ -113,18 +117,33 @@ class Flow:
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
         numbers = times.detach().tolist() if isinstance(times, Tensor) else times
-        if self.rows == 1 or self._hidden:
-            rows = [[t] for t in numbers]
-        else:
-            rows = [[x for x in (t, *self._numbers_at(t)) if x is not None] for t in numbers]
-        packet = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        if torch.is_grad_enabled() or transforms.active():
-            graph = times if isinstance(times, Tensor) else packet[:, 0]
-            c = self.coefficients(graph)
-            columns = torch.stack([x for x in (graph, c.scale, c.drive, c.q, c.minus_gamma) if x is not None], dim=1)
+        n, graph = len(numbers), torch.is_grad_enabled() or transforms.active()
+        columns = self._columns(numbers)
+        # The one cast and the one transfer of a step.
+        wide = torch.tensor(columns, dtype=torch.float64 if graph else self.dtype, device="cpu")
+        if graph:
+            t = times if isinstance(times, Tensor) else wide[:n]
+            c = self.coefficients(t)
+            factors = [x for x in (c.q, c.minus_gamma) if x is not None]  # both or none
+            linear = [torch.stack(factors, dim=1).view(-1)] if factors else []
+            exact = torch.cat([x for x in (t, c.scale, c.drive, *linear) if x is not None])
             # The same numbers to the bit, plus a zero that carries the graph.
-            packet = columns if self._hidden else packet + (columns - columns.detach())
-        return self._cut(packet)
+            wide = exact if self._hidden else wide + (exact - exact.detach())
+        return self._cut(wide.to(self.device, self.dtype), n)
+
+    def _columns(self, times: Sequence[float]) -> list[float]:
+        """The times; the scales at all of them; the drives; and a pair of linear factors for each."""
+        if self.rows == 1 or self._hidden:
+            return list(times)
+        # A step starts at the time where the last one ended, and several stages may be at its end.
+        last, self._known = self._known, {}
+        for t in times:
+            if t not in self._known:
+                self._known[t] = last.get(t) or self._numbers_at(t)
+        found = [self._known[t] for t in times]
+        columns = [*times, *[c.scale for c in found], *[c.drive for c in found]]
+        pairs = [x for c in found for x in (c.q, c.minus_gamma)]
+        return [x for x in (*columns, *pairs) if x is not None]
 
     def packet(self, times: Sequence[float], dt: float) -> Packet:
         """The same for the kernels, at `times` and for the step size `dt`; one transfer, and no launch.
@@ -171,23 +190,22 @@ class Flow:
     def _numbers_at(self, t: float) -> Coefficients[float]:
         """The coefficients of a momentum system. Plain numbers: seven scalars cost less than one operator on a tensor
         of seven."""
-        system: Momentum = self.system  # type: ignore[assignment]
-        return system.coefficients(t, *self.numbers)
+        found: Coefficients[float] = self._factors(t, *self.numbers)
+        return found
 
-    def _cut(self, packet: Tensor) -> StageTimes:
-        """Cut [s, columns] into stages; one packet, hence one cast and one transfer."""
-        packet = packet.to(self.device, self.dtype)
-        nothing = (None,) * packet.shape[0]
-        columns = iter(packet.unbind(1))
-        system = self.system
-        t = next(columns).unbind(0)
+    def _cut(self, wide: Tensor, n: int) -> StageTimes:
+        """Cut what `_columns` gives for n times into stages."""
+        system, nothing = self.system, (None,) * n
         if not isinstance(system, Momentum):
-            return StageTimes(t, nothing, nothing, nothing)
+            return StageTimes(wide.unbind(0), nothing, nothing, nothing)
+        linear = system.damped or system.exact or system.residual
+        t, *columns = (wide[: len(wide) - 2 * n] if linear else wide).view(-1, n).unbind(0)
+        each = iter(columns)
         return StageTimes(
-            t,
-            next(columns).unbind(0) if system.nesterov else nothing,
-            next(columns).unbind(0) if system.exact else nothing,
-            packet[:, -2:].unbind(0) if system.damped or system.exact or system.residual else nothing,
+            t.unbind(0),
+            next(each).unbind(0) if system.nesterov else nothing,
+            next(each).unbind(0) if system.exact else nothing,
+            wide[-2 * n :].view(n, 2).unbind(0) if linear else nothing,  # contiguous pairs: strided ones cost thrice
         )
 
     # -- the right-hand side -------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast, 
 import torch
 from torch import Tensor, nn
 
-from nesterov_triton import gates
+from nesterov_triton import gates, transforms
 from nesterov_triton._names import lookup
 
 Field: TypeAlias = Callable[..., Tensor]
@@ -39,6 +39,8 @@ Form: TypeAlias = Literal["absorbed", "exact"]
 Number: TypeAlias = float | Tensor
 N = TypeVar("N", float, Tensor)
 Xi: TypeAlias = float | Literal["learnable"]
+
+_EARLIEST, _LATEST = 1e-100, 1000.0  # between them k(t) fits into a float64
 
 
 class Coefficients(NamedTuple, Generic[N]):
@@ -203,9 +205,10 @@ class Momentum(System):
                 f"t must be positive for a Nesterov system, whose damping 3/t is singular at 0; got {min(times)}. "
                 "Shift the interval, for example t=(1.0, 2.0)"
             )
-        if self.nesterov and not (min(times) > 1e-100 and max(times) < 1000):
+        if self.nesterov and not (min(times) > _EARLIEST and max(times) < _LATEST):
             raise ValueError(
-                f"t must lie between 1e-100 and 1000 for a Nesterov system, whose k(t) overflows; got {times}"
+                f"t must lie between {_EARLIEST:g} and {_LATEST:g} for a Nesterov system, whose k(t) overflows; "
+                f"got {times}"
             )
 
     def scale(self, t: Tensor) -> Tensor:
@@ -248,15 +251,28 @@ class Momentum(System):
         v = torch.zeros_like(h) if velocity is None else velocity
         if not self.nesterov:
             return h, v
+        if not self.exact:
+            return h / self._scale_like(t, h), v
         kappa, rate = (c.to(h.device, h.dtype) for c in self.scale_and_rate(t))
         x = h / kappa
-        return x, (v - rate * x) / kappa if self.exact else v
+        return x, (v - rate * x) / kappa
 
     def features(self, t: Tensor, x: Tensor) -> Tensor:
         """h = κ(t) x, for a 0-d time and x of any shape, or times [n] and x [n, ...]."""
         if not self.nesterov:
             return x
-        return x * _broadcast(self.scale(t), x)
+        return x * self._scale_like(t, x)
+
+    def _scale_like(self, t: Tensor, x: Tensor) -> Tensor:
+        """κ(t) in x's dtype, to go with x."""
+        hidden = torch.compiler.is_compiling() or transforms.active()
+        if t.ndim == 0 and t.device.type == "cpu" and not t.requires_grad and not hidden:
+            # As a number: a microsecond instead of ten operators on a tensor of one element.
+            value = float(t)
+            if _EARLIEST < value < _LATEST:
+                kappa = self.coefficients(value, 0.0, 0.0).scale
+                return torch.tensor(kappa, dtype=x.dtype, device="cpu")  # a 0-d one goes with x on any device
+        return _broadcast(self.scale(t), x)
 
     def velocity(self, t: Tensor, x: Tensor, m: Tensor) -> Tensor:
         """h' = κ σ_x(m) + κ' x, shapes as in `features`."""

@@ -330,7 +330,7 @@ from nesterov_triton.stepping.explicit_rk import table
 method = layer.settings.tableau
 found = [constant(0.4, torch.float32), dense_output(method)._polynomials, dense_output(method)._powers]
 kept = table(method, torch.float32, torch.device("cpu"))
-assert not any(map(wrapped, (*found, kept.matrix, *kept.rows)))
+assert not any(map(wrapped, (*found, kept.flat, *kept.rows)))
 """
 
 

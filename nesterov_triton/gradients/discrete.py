@@ -12,6 +12,7 @@ is one state an accepted step, and one step's graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nesterov_triton import transforms
 from nesterov_triton.flow import Cotangents, Flow, Linearisation
 from nesterov_triton.gradients.device_sweep import DeviceSweep
 from nesterov_triton.gradients.forward import forward
@@ -39,7 +41,6 @@ from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.status import Stats
 from nesterov_triton.stepping.dense_output import dense_output
-from nesterov_triton.stepping.explicit_rk import table
 from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
 from nesterov_triton.stepping.loop import AcceptedStep, LoopOptions
 from nesterov_triton.stepping.stepper import stage_times
@@ -386,9 +387,7 @@ class _Transpose:
         rows = flow.rows
         self.stages = s = stages
         self.nodes = (*tableau.c, *tableau.extra_c)[:s]
-        numbers, n = table(tableau, like.dtype, like.device).matrix, tableau.stages
-        extra = numbers[n + 1 + len(tableau.error) :]
-        self._square, self._b = torch.cat((numbers[:n], extra))[:s, :s], numbers[n, :s]
+        self._square, self._b = square(tableau, s, like.dtype, like.device)
         weights = like.new_zeros((s, s))
         back = like.new_zeros((s, s + 1 + inside))
         self._weights, self._back = weights, back
@@ -410,3 +409,12 @@ class _Transpose:
         torch.mul(self._b, dt, out=self._back[:, s])
         for j, weights in enumerate(inside):
             self._back[:, s + 1 + j].copy_(weights * dt)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def square(tableau: Tableau, stages: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """a_ij and b_i of so many stages, [s, s] and [s], with zeros where the method has none; made once."""
+    rows = [[*row, *[0.0] * (stages - len(row))] for row in (*tableau.all_a[:stages], tableau.b[:stages])]
+    numbers = transforms.plain(torch.tensor(rows, dtype=torch.float64, device="cpu").to(device, dtype))
+    return transforms.plain(numbers[:-1]), transforms.plain(numbers[-1])

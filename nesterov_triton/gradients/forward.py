@@ -42,6 +42,8 @@ def forward(
         stepper = _stepper(problem, flow, path, differentiable)
         z = problem.z if differentiable else problem.z.detach()
         states = integrate(stepper, z, problem.times.tolist(), problem.options, progress, on_accept)
+        if isinstance(stepper, ExplicitRK):
+            stepper.release()
         return _checked(problem, states, progress)
     finally:
         problem.count(flow, progress)

@@ -30,4 +30,5 @@ class Row(NamedTuple):
 def empty_rows(count: int, rows: int, like: Tensor) -> tuple[Tensor, list[Row]]:
     """Uninitialised storage [count, D] for states like `like`, [D], and its rows."""
     storage = torch.empty((count, like.numel()), dtype=like.dtype, device=like.device)
-    return storage, [Row.of(flat, rows) for flat in storage.unbind(0)]
+    parts = storage.view(count * rows, like.numel() // rows).unbind(0)  # one call for all of them
+    return storage, [Row(flat, parts[i * rows : (i + 1) * rows]) for i, flat in enumerate(storage.unbind(0))]

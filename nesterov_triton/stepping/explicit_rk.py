@@ -20,6 +20,7 @@ from nesterov_triton.flow import OpenState, StageTimes
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.stepping.dense_output import dense_output
+from nesterov_triton.stepping.scratch import SHELF
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.tableaus import Tableau
 
@@ -42,26 +43,24 @@ class Dynamics(Protocol):
 
 
 class Table:
-    """A method's numbers as one matrix, with its rows as views.
+    """A method's numbers, all in one tensor.
 
     Attributes:
-        matrix: what leads to stage i; b; the error rows; what leads to the extra stages of dense output. Zero-padded to
-            as many columns as there are stages, the extra ones included.
-        rows: its rows without the padding, of these lengths.
+        flat: the rows below, one after the other.
+        rows: what leads to stage i; b; the error rows; what leads to the extra stages of dense output.
         errors: the error rows among them, [s] each.
     """
 
-    def __init__(self, tableau: Tableau, matrix: Tensor) -> None:
-        self.tableau, self.matrix = tableau, matrix
-        table = table_rows(tableau)
-        self.rows = [matrix[i, : len(row)] for i, row in enumerate(table)]
-        self.lengths = [len(row) for row in table]
+    def __init__(self, tableau: Tableau, flat: Tensor) -> None:
+        self.tableau, self.flat = tableau, flat
+        self.lengths = [len(row) for row in table_rows(tableau)]
+        self.rows = list(torch.split(flat, self.lengths))
         s = tableau.stages
         self.errors = self.rows[s + 1 : s + 1 + len(tableau.error)]
 
-    def like(self, matrix: Tensor) -> Table:
-        """The same rows of another matrix."""
-        return Table(self.tableau, matrix)
+    def like(self, flat: Tensor) -> Table:
+        """The same rows of another tensor."""
+        return Table(self.tableau, flat)
 
 
 def table_rows(tableau: Tableau) -> list[tuple[float, ...]]:
@@ -73,13 +72,11 @@ def table_rows(tableau: Tableau) -> list[tuple[float, ...]]:
 @torch.inference_mode(False)  # or later solves could not save it for their backward passes
 def table(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Table:
     """The method's own numbers; made once, and never written to."""
-    numbers = table_rows(tableau)
-    width = len(tableau.interpolant)
-    padded = [[*row, *(0.0,) * (width - len(row))] for row in numbers]
-    matrix = torch.tensor(padded, dtype=torch.float64, device="cpu").to(device, dtype)
-    made = Table(tableau, transforms.plain(matrix))
-    made.rows, made.errors = ([transforms.plain(row) for row in rows] for rows in (made.rows, made.errors))
-    return made
+    numbers = [x for row in table_rows(tableau) for x in row]
+    made = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(device, dtype)
+    kept = Table(tableau, transforms.plain(made))
+    kept.rows, kept.errors = ([transforms.plain(row) for row in rows] for rows in (kept.rows, kept.errors))
+    return kept
 
 
 class Stages(Protocol):
@@ -109,7 +106,8 @@ class StageBuffer:
 
     def __init__(self, count: int, rows: int, like: Tensor) -> None:
         storage, self._rows = empty_rows(count, rows, like)
-        self._columns = [storage[:n].t() for n in range(count + 1)]
+        columns = storage.t()
+        self._columns = [columns.narrow(1, 0, n) for n in range(count + 1)]
         self._scaled: Table | None = None
 
     def out(self, i: int) -> Row:
@@ -126,8 +124,8 @@ class StageBuffer:
 
     def scale(self, table: Table, dt: Tensor | float) -> Table:
         if self._scaled is None:
-            self._scaled = table.like(torch.empty_like(table.matrix))
-        torch.mul(table.matrix, dt, out=self._scaled.matrix)
+            self._scaled = table.like(torch.empty_like(table.flat))
+        torch.mul(table.flat, dt, out=self._scaled.flat)
         return self._scaled
 
     def carry(self, i: int) -> None:
@@ -153,10 +151,45 @@ class StageList:
         return torch.stack(self._k[:n]).t()
 
     def scale(self, table: Table, dt: Tensor | float) -> Table:
-        return table.like(table.matrix * dt)
+        return table.like(table.flat * dt)
 
     def carry(self, i: int) -> None:
         self._k = [self._k[i]]
+
+
+class Memory:
+    """What steps of one method write to, for states of one size. Nothing in it is read before it is written.
+
+    Attributes:
+        stages: the stages.
+        state: [D], for the state of a stage.
+        estimates: for the error's norm.
+    """
+
+    def __init__(self, tableau: Tableau, count: int, rows: int, like: Tensor) -> None:
+        self.stages = StageBuffer(count, rows, like)
+        self.state = torch.empty_like(like)
+        self.estimates = Estimates(tableau, like)
+        self.nbytes = (count + 4 + len(tableau.error)) * like.numel() * like.element_size()
+
+
+class Estimates:
+    """What the error's norm is made in.
+
+    Attributes:
+        errors: [n, D], for the embedded error rows; `rows` are these.
+        old, new: [D] each, for |z| of the state to go on from and of the next.
+        size: [D], for the larger of both.
+    """
+
+    def __init__(self, tableau: Tableau, like: Tensor) -> None:
+        self.errors = like.new_empty((len(tableau.error), like.numel()))
+        self.rows = self.errors.unbind(0)
+        self.old, self.new, self.size = (torch.empty_like(like) for _ in range(3))
+
+    def accept(self) -> None:
+        """The next state is the one to go on from."""
+        self.old, self.new = self.new, self.old
 
 
 class ExplicitRK:
@@ -193,17 +226,28 @@ class ExplicitRK:
         self.inside = inside
         self.dense = dense_output(tableau)
         count = self.dense.stages if dense else tableau.stages
-        self.stages: Stages = StageList() if differentiable else StageBuffer(count, rows, like)
+        self._memory: Memory | None = None
+        self._key, self._like = (tableau, count, rows, like.numel(), like.dtype), like
+        self._between: OpenState | None = None
+        self._estimates: Estimates | None = None
+        if differentiable:
+            self.stages: Stages = StageList()
+        else:
+            self._memory = SHELF.take(self._key, like, lambda: Memory(tableau, count, rows, like))
+            self.stages, self._estimates = self._memory.stages, self._memory.estimates
+            if dynamics.copies:  # nothing keeps a stage's state, and all stages share one
+                self._between = dynamics.open(self._memory.state)
         self._table = self._scaled = table(tableau, like.dtype, like.device)
-        self._errors: Tensor | None = None
-        self._error_rows: Sequence[Tensor] = ()
-        self._magnitudes: tuple[Tensor, Tensor] | None = None  # |z| of the state to go on from, and of the next
-        # Where nothing keeps a stage's state, all stages share one, with its views made once.
-        shared = dynamics.copies and not differentiable
-        self._stage_state = dynamics.open(torch.empty_like(like)) if shared else None
+        self._sized = False  # whether the estimates have the size of the state to go on from
         self._has_first = False
         self._has_extra = False
         self.dt = 0.0  # of the step just taken
+
+    def release(self) -> None:
+        """The last step has been taken: the memory is for others."""
+        if self._memory is not None:
+            SHELF.put(self._key, self._like, self._memory)
+            self._memory = None
 
     def first_derivative(self, t: float, z: Tensor) -> Tensor:
         """The right-hand side at the start, [D]; kept as the first stage."""
@@ -227,11 +271,11 @@ class ExplicitRK:
             self._evaluate(at, 0, z)
             self._has_first = True
         last = tableau.stages - 1
-        z1 = z
+        between, z1 = self._between, z
         for i in range(1, tableau.stages):
-            if self._stage_state is not None and i < last:
-                self._combine(z, i, self._stage_state.flat)
-                self._put(at, i, self._stage_state)
+            if between is not None and i < last:
+                self._combine(z, i, between.flat)
+                self._put(at, i, between)
             else:
                 z1 = self._combine(z, i)
                 self._evaluate(at, i, z1)
@@ -247,22 +291,23 @@ class ExplicitRK:
         assert tolerance is not None
         if tolerance.measure is not None:
             return float(tolerance.measure(errors[0], z.detach(), z1.detach()))
-        if self._magnitudes is None:
-            self._magnitudes = (z.detach().abs(), torch.empty_like(z))
-        old, new = self._magnitudes
-        size = torch.maximum(old, torch.abs(z1.detach(), out=new))
-        return error_norm(errors, size, tolerance.rtol, tolerance.atol)
+        made = self._estimates
+        assert made is not None
+        if not self._sized:
+            torch.abs(z.detach(), out=made.old)
+            self._sized = True
+        torch.maximum(made.old, torch.abs(z1.detach(), out=made.new), out=made.size)
+        return error_norm(errors, made.size, tolerance.rtol, tolerance.atol)
 
     def _estimate(self, z: Tensor) -> Tensor:
         """The embedded error rows of the step just taken, [n, D], in memory that the next step's use again."""
-        columns = self.stages.columns(self.tableau.stages)
-        if self._errors is None:
-            self._errors = z.new_empty((len(self._scaled.errors), z.numel()))
-            self._error_rows = self._errors.unbind(0)
+        if self._estimates is None:
+            self._estimates = Estimates(self.tableau, z.detach())
+        columns = self.stages.columns(self.tableau.stages).detach()
         # Row by row: a matrix product may run in TF32, where so configured, and nearly equal stages cancel here.
-        for row, out in zip(self._scaled.errors, self._error_rows, strict=True):
-            torch.mv(columns.detach(), row.detach(), out=out)
-        return self._errors
+        for row, out in zip(self._scaled.errors, self._estimates.rows, strict=True):
+            torch.mv(columns, row.detach(), out=out)
+        return self._estimates.errors
 
     def witness(self, z1: Tensor) -> Tensor:
         """0-d, of the step just taken, to z1: finite only where z1 is."""
@@ -274,8 +319,8 @@ class ExplicitRK:
 
     def accept(self) -> None:
         """Go on from the state that the step just taken gave."""
-        if self._magnitudes is not None:
-            self._magnitudes = (self._magnitudes[1], self._magnitudes[0])
+        if self._estimates is not None:
+            self._estimates.accept()
         if self.tableau.fsal:
             self.stages.carry(self.tableau.stages - 1)
         else:
@@ -283,8 +328,7 @@ class ExplicitRK:
 
     def restart(self) -> None:
         """Forget the state to go on from: the next step starts from another one."""
-        self._has_first = False
-        self._magnitudes = None
+        self._has_first = self._sized = False
 
     def interpolate(
         self, t: float, t1: float, z: Tensor, times: Sequence[float], indices: Sequence[int]
