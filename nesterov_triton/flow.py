@@ -25,12 +25,11 @@ class OpenState(NamedTuple):
 
     flat: Tensor
     parts: Sequence[Tensor]  # its rows, [N] each
-    shaped: Sequence[Tensor]  # the same in h's shape
+    shaped: Sequence[Tensor]  # of these what the network sees, in h's shape
     transposed: Tensor  # its rows as columns, [N, rows]
 
 
-@dataclass(frozen=True)
-class StageTimes:
+class StageTimes(NamedTuple):
     """What the right-hand side needs at s stage times, cut into stages: 0-d times in the state's dtype, and the rows of
     `Coefficients` (None in every stage where the system has none)."""
 
@@ -53,6 +52,7 @@ class Linearisation:
     """One evaluation of the right-hand side with the network's graph kept, ready for `Flow.pullback`."""
 
     network: Evaluation
+    output: Tensor  # the network's, [N], without its graph
     state: OpenState
     slope: Row  # the right-hand side
     values: Row  # σ_x(m) and σ_f(u), where the gates have any
@@ -96,7 +96,8 @@ class Flow:
         self.time_grads, self.coefficient_grads = time_grads, coefficient_grads
         self.rows = system.rows
         self._values: tuple[float, float] | None = None  # of damping and xi
-        self._known: dict[float, Coefficients[float]] = {}  # at the times that `at` was last asked for
+        self._known: dict[float, list[float]] = {}  # coefficients at the times that `at` was last asked for
+        self._held: dict[int, tuple[Tensor, StageTimes]] = {}  # by the number of times: where they are written to
         # An ensemble has a damping and a xi for each member: tensors then, instead of numbers.
         self._hidden = not all(map(transforms.readable, scalars.values()))
         self._gates: momentum.Gates | None = None
@@ -115,35 +116,45 @@ class Flow:
         return system.coefficients(times, damping, self.scalars.get("xi", system.fixed_xi))
 
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
-        """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
+        """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph. Good until
+        the next call for as many times."""
         numbers = times.detach().tolist() if isinstance(times, Tensor) else times
         n, graph = len(numbers), torch.is_grad_enabled() or transforms.active()
-        columns = self._columns(numbers)
+        rows = [] if self.rows == 1 or self._hidden else [x for row in self._factor_rows(numbers) for x in row]
         # The one cast and the one transfer of a step.
-        wide = torch.tensor(columns, dtype=torch.float64 if graph else self.dtype, device="cpu")
+        wide = torch.tensor([*numbers, *rows], dtype=torch.float64 if graph else self.dtype, device="cpu")
         if graph:
             t = times if isinstance(times, Tensor) else wide[:n]
-            c = self.coefficients(t)
-            factors = [x for x in (c.q, c.minus_gamma) if x is not None]  # both or none
-            linear = [torch.stack(factors, dim=1).view(-1)] if factors else []
-            exact = torch.cat([x for x in (t, c.scale, c.drive, *linear) if x is not None])
+            columns = [x for x in self.coefficients(t) if x is not None]
+            exact = torch.cat((t, torch.stack(columns, dim=1).view(-1))) if columns else t
             # The same numbers to the bit, plus a zero that carries the graph.
             wide = exact if self._hidden else wide + (exact - exact.detach())
-        return self._cut(wide.to(self.device, self.dtype), n)
+        elif self.device.type == "cpu":
+            return self._rewritten(wide, n)
+        wide = wide.to(self.device, self.dtype)
+        return self._cut(wide[:n], wide[n:])
 
-    def _columns(self, times: Sequence[float]) -> list[float]:
-        """The times; the scales at all of them; the drives; and a pair of linear factors for each."""
-        if self.rows == 1 or self._hidden:
-            return list(times)
+    def _factor_rows(self, times: Sequence[float]) -> list[list[float]]:
+        """Of each time its row of `Coefficients`, without what the system has not."""
         # A step starts at the time where the last one ended, and several stages may be at its end.
         last, self._known = self._known, {}
         for t in times:
             if t not in self._known:
-                self._known[t] = last.get(t) or self._numbers_at(t)
-        found = [self._known[t] for t in times]
-        columns = [*times, *[c.scale for c in found], *[c.drive for c in found]]
-        pairs = [x for c in found for x in (c.q, c.minus_gamma)]
-        return [x for x in (*columns, *pairs) if x is not None]
+                self._known[t] = last.get(t) or [x for x in self._numbers_at(t) if x is not None]
+        return [self._known[t] for t in times]
+
+    def _rewritten(self, wide: Tensor, n: int) -> StageTimes:
+        """`_cut` in memory whose views are made once; the times, which the field is given, in memory of their own."""
+        held = self._held.get(n)
+        if held is None:
+            factors = wide[n:]
+            cut = self._cut(wide[:n], factors)
+            self._held[n] = factors, cut
+            return cut
+        factors, cut = held
+        if len(factors):
+            factors.copy_(wide[n:])
+        return StageTimes(wide[:n].unbind(0), cut.scale, cut.drive, cut.linear)
 
     def packet(self, times: Sequence[float], dt: float) -> Packet:
         """The same for the kernels, at `times` and for the step size `dt`; one transfer, and no launch.
@@ -193,19 +204,18 @@ class Flow:
         found: Coefficients[float] = self._factors(t, *self.numbers)
         return found
 
-    def _cut(self, wide: Tensor, n: int) -> StageTimes:
-        """Cut what `_columns` gives for n times into stages."""
-        system, nothing = self.system, (None,) * n
-        if not isinstance(system, Momentum):
-            return StageTimes(wide.unbind(0), nothing, nothing, nothing)
-        linear = system.damped or system.exact or system.residual
-        t, *columns = (wide[: len(wide) - 2 * n] if linear else wide).view(-1, n).unbind(0)
-        each = iter(columns)
+    def _cut(self, times: Tensor, factors: Tensor) -> StageTimes:
+        """Cut n times and their rows of coefficients, flat, into stages."""
+        system, n = self.system, len(times)
+        t, nothing = times.unbind(0), (None,) * n
+        if not isinstance(system, Momentum) or not len(factors):
+            return StageTimes(t, nothing, nothing, nothing)
+        rows = factors.view(n, -1)
         return StageTimes(
-            t.unbind(0),
-            next(each).unbind(0) if system.nesterov else nothing,
-            next(each).unbind(0) if system.exact else nothing,
-            wide[-2 * n :].view(n, 2).unbind(0) if linear else nothing,  # contiguous pairs: strided ones cost thrice
+            t,
+            rows[:, 0].unbind(0) if system.nesterov else nothing,
+            rows[:, 1].unbind(0) if system.exact else nothing,
+            rows[:, -2:].unbind(0) if system.damped or system.exact or system.residual else nothing,
         )
 
     # -- the right-hand side -------------------------------------------------------------------------------------------
@@ -214,9 +224,10 @@ class Flow:
         """A state, [D], and its views."""
         if self._gates is None:
             return OpenState(z, (z,), (z.view(self.shape),), z)
-        shaped = z.view(2, *self.shape).unbind(0)
         pair = z.view(2, -1)
-        return OpenState(z, pair.unbind(0), shaped, pair.t())
+        parts = pair.unbind(0)
+        seen = parts if self.system.sees_momentum else parts[:1]
+        return OpenState(z, parts, [part.view(self.shape) for part in seen], pair.t())
 
     @property
     def copies(self) -> bool:
@@ -246,7 +257,7 @@ class Flow:
             momentum.derivative(
                 z.parts[1], flat, z.transposed, system.sign, at.drive[i], at.linear[i], self._gates, out, values
             )
-        return Linearisation(evaluation, z, out, values)
+        return Linearisation(evaluation, flat, z, out, values)
 
     def pullback(
         self, at: StageTimes, i: int, lin: Linearisation, c: Row, out: Row, wrt_params: bool = True
@@ -267,7 +278,7 @@ class Flow:
             return Cotangents(grads, through_time)
         system: Momentum = self.system  # type: ignore[assignment]
         drive, scale = at.drive[i], at.scale[i]
-        u = lin.network.u.detach().reshape(-1)
+        u = lin.output
         of_m, gated = momentum.gate_cotangents(c, lin.state.parts[1], u, lin.slope, lin.values, self._gates)
         g = momentum.field_cotangent(gated, system.sign, drive)
         through, through_time, grads = lin.network.pullback(g, params)
@@ -289,4 +300,4 @@ class Flow:
     def _features(self, scale: Tensor | None, z: OpenState) -> Sequence[Tensor]:
         if scale is not None:
             return (z.shaped[0] * scale,)
-        return z.shaped if self.system.sees_momentum else z.shaped[:1]
+        return z.shaped

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -47,6 +47,10 @@ class Gate:
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """σ'(x) ⊙ grad, given y = σ(x); all of one shape. May return `grad` itself."""
         raise NotImplementedError
+
+    def both_pullback(self, grad: Row, y: Row) -> Sequence[Tensor]:
+        """The two parts of σ' ⊙ grad, given the values y of a gate that is known by them; y may be overwritten."""
+        return self.pullback(grad.flat, grad.flat, y.flat).view(2, -1).unbind(0)
 
 
 def _check_bound(bound: float) -> None:
@@ -126,6 +130,11 @@ class Softclip(Gate):
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
         # σ' = 1 - (y / c)²
         return torch.addcmul(grad, torch.mul(grad, y), y, value=-1 / self.bound**2)
+
+    def both_pullback(self, grad: Row, y: Row) -> Sequence[Tensor]:
+        square = torch.mul(y.flat, y.flat, out=y.flat)
+        torch.addcmul(grad.flat, grad.flat, square, value=-1 / self.bound**2, out=y.flat)
+        return y.parts
 
 
 @dataclass(frozen=True)

@@ -265,13 +265,16 @@ class Momentum(System):
 
     def _scale_like(self, t: Tensor, x: Tensor) -> Tensor:
         """κ(t) in x's dtype, to go with x."""
-        hidden = torch.compiler.is_compiling() or transforms.active()
-        if t.ndim == 0 and t.device.type == "cpu" and not t.requires_grad and not hidden:
-            # As a number: a microsecond instead of ten operators on a tensor of one element.
-            value = float(t)
-            if _EARLIEST < value < _LATEST:
-                kappa = self.coefficients(value, 0.0, 0.0).scale
-                return torch.tensor(kappa, dtype=x.dtype, device="cpu")  # a 0-d one goes with x on any device
+        if t.device.type == "cpu" and not torch.compiler.is_compiling() and transforms.readable(t):
+            # As numbers: a microsecond instead of ten operators on a tensor of one element.
+            values = t.detach().reshape(-1).tolist()
+            if all(_EARLIEST < value < _LATEST for value in values):
+                numbers = [self.coefficients(value, 0.0, 0.0).scale for value in values]
+                kappa = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(t.shape)
+                if t.requires_grad or transforms.active():  # the same to the bit, plus a zero that carries the graph
+                    exact = self.scale(t)
+                    kappa = kappa + (exact - exact.detach())
+                return _broadcast(kappa, x)
         return _broadcast(self.scale(t), x)
 
     def velocity(self, t: Tensor, x: Tensor, m: Tensor) -> Tensor:

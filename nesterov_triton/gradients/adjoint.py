@@ -178,6 +178,8 @@ def _solve_back(
 
     adjoint, of_times = _back(*given, advance)
     quadratures.finish()
+    if isinstance(stepper, ExplicitRK):
+        stepper.release()
     return adjoint, of_times, quadratures.totals
 
 

@@ -13,7 +13,7 @@ is one state an accepted step, and one step's graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ from nesterov_triton.status import Stats
 from nesterov_triton.stepping.dense_output import dense_output
 from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
 from nesterov_triton.stepping.loop import AcceptedStep, LoopOptions
+from nesterov_triton.stepping.scratch import SHELF
 from nesterov_triton.stepping.stepper import stage_times
 from nesterov_triton.tableaus import Tableau
 
@@ -279,6 +280,8 @@ class ReverseSweep:
         self.times = torch.zeros(len(times), dtype=torch.float64, device="cpu")
         self._dense = dense_output(tableau)
         self._transpose: _Transpose | None = None
+        self._key: Hashable = None
+        self._like = torch.empty(0)
 
     def step(self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> Tensor:
         """The cotangent of the state `z` at t, [D], from that of the state at t1 and those of requested states.
@@ -299,7 +302,7 @@ class ReverseSweep:
         # Forward again, with the network's graph at every stage.
         lins: list[Linearisation] = []
         for i in range(step.stages):
-            state = flow.open(z) if i == 0 else step.states[i]
+            state = flow.open(z) if i == 0 else step.states[i - 1]
             if i > 0:
                 runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i], out=state.flat)
             lin = flow.linearise(at, i, state, step.slopes[i], step.values[i])
@@ -318,11 +321,12 @@ class ReverseSweep:
         found: list[Cotangents] = []
         moments = 0.0
         for i in reversed(range(s)):
-            of_slope = torch.mv(step.later_cotangents[i], step.backward[i])
+            of_slope = step.of_slope
+            torch.mv(step.later_cotangents[i], step.backward[i], out=of_slope.flat)
             if flow.time_grads:
-                moments += float(torch.dot(of_slope, step.all_slopes[i]))
+                moments += float(torch.dot(of_slope.flat, step.all_slopes[i]))
             # Popped, so that the stage's graph goes when it has been used.
-            found.append(flow.pullback(at, i, lins.pop(), Row.of(of_slope, flow.rows), step.cotangents[i]))
+            found.append(flow.pullback(at, i, lins.pop(), of_slope, step.cotangents[i]))
             # At once: a stage's cotangents are as large as the network.
             accumulate(self.totals.params, found[-1].params)
             found[-1].params = ()
@@ -335,15 +339,25 @@ class ReverseSweep:
 
     def finish(self) -> None:
         """Every step has been taken: the totals are up to date."""
+        self._give_back()
 
     def _buffers(self, inside: int, like: Tensor) -> _Transpose:
         """Tables and buffers for a step with so many requested times inside; kept for the next step like it."""
         # A last stage without weight (FSAL) is evaluated for the error only: nothing to differentiate.
         stages = self._dense.stages if inside else self.tableau.stages - (self.tableau.b[-1] == 0)
-        held = self._transpose
+        held, flow = self._transpose, self.flow
         if held is None or len(held.cotangents) != stages + 1 + inside or held.stages != stages:
-            held = self._transpose = _Transpose(self.tableau, stages, inside, self.flow, like)
+            self._give_back()
+            views = flow.rows, flow.system.sees_momentum, flow.shape
+            self._key, self._like = (self.tableau, stages, inside, *views, like.dtype), like
+            held = SHELF.take(self._key, like, lambda: _Transpose(self.tableau, stages, inside, flow, like))
+            self._transpose = held
         return held
+
+    def _give_back(self) -> None:
+        if self._transpose is not None:
+            SHELF.put(self._key, self._like, self._transpose)
+            self._transpose = None
 
     def _add_times(
         self,
@@ -378,43 +392,44 @@ class _Transpose:
         nodes: their c_i.
         forward: dt a_ij for j < i, a row a stage.
         backward: dt (a_ji for j > i, b_i, and the weights of the states inside the step), a row a stage.
-        states: the stages' states, with their views.
+        states: the states of all stages but the first, with their views.
         slopes, values, cotangents: rows for the stages' k_i, for their gates' values, and for the cotangents of the
             stages' states, of the new state λ, and of the states inside the step, in this order.
+        of_slope: a row for c(k_i).
     """
 
     def __init__(self, tableau: Tableau, stages: int, inside: int, flow: Flow, like: Tensor) -> None:
         rows = flow.rows
         self.stages = s = stages
         self.nodes = (*tableau.c, *tableau.extra_c)[:s]
-        self._square, self._b = square(tableau, s, like.dtype, like.device)
-        weights = like.new_zeros((s, s))
-        back = like.new_zeros((s, s + 1 + inside))
-        self._weights, self._back = weights, back
+        self._square, self._transposed = square(tableau, s, like.dtype, like.device)
+        self._weights = weights = like.new_empty((s, s))
+        self._back = back = like.new_empty((s, s + 1 + inside))
+        self._back_of_step = back[:, : s + 1]
         self.forward = [weights[i, :i] for i in range(s)]
         self.backward = [back[i, i + 1 :] for i in range(s)]
-        self.states = [flow.open(torch.empty_like(like)) for _ in range(s)]
+        self.states = [flow.open(torch.empty_like(like)) for _ in range(s - 1)]
         slopes, self.slopes = empty_rows(s, rows, like)
-        _, self.values = empty_rows(s, rows, like)
+        values, self.values = empty_rows(s, rows, like)
         cotangents, self.cotangents = empty_rows(s + 1 + inside, rows, like)
+        self.of_slope = Row.of(torch.empty_like(like), rows)
         self.all_slopes, self.all_cotangents = slopes, cotangents
         self.earlier_slopes = [slopes[:i].t() for i in range(s)]
         self.later_cotangents = [cotangents[i + 1 :].t() for i in range(s)]
+        self.nbytes = s * like.nbytes + slopes.nbytes + values.nbytes + cotangents.nbytes
 
     def scale(self, dt: float, inside: Sequence[Tensor]) -> None:
         """Set the weights for a step size and the interpolation weights, [stages] each, of the states inside."""
-        s = self.stages
         torch.mul(self._square, dt, out=self._weights)
-        self._back[:, :s].copy_(self._weights.t())
-        torch.mul(self._b, dt, out=self._back[:, s])
+        torch.mul(self._transposed, dt, out=self._back_of_step)
         for j, weights in enumerate(inside):
-            self._back[:, s + 1 + j].copy_(weights * dt)
+            self._back[:, self.stages + 1 + j].copy_(weights * dt)
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def square(tableau: Tableau, stages: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """a_ij and b_i of so many stages, [s, s] and [s], with zeros where the method has none; made once."""
+    """a_ij of so many stages, [s, s] with zeros where the method has none; a_ji and b_i, [s, s + 1]. Made once."""
     rows = [[*row, *[0.0] * (stages - len(row))] for row in (*tableau.all_a[:stages], tableau.b[:stages])]
-    numbers = transforms.plain(torch.tensor(rows, dtype=torch.float64, device="cpu").to(device, dtype))
-    return transforms.plain(numbers[:-1]), transforms.plain(numbers[-1])
+    numbers = torch.tensor(rows, dtype=torch.float64, device="cpu").to(device, dtype)
+    return transforms.plain(numbers[:-1]), transforms.plain(numbers.t().contiguous())

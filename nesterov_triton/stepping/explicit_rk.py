@@ -36,7 +36,8 @@ class Dynamics(Protocol):
         """A state with its views."""
 
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
-        """What the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph."""
+        """What the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph. Good until the
+        next call for as many times."""
 
     def derivative(self, at: StageTimes, i: int, z: OpenState, out: Row | None = None) -> Sequence[Tensor]:
         """The right-hand side at stage `i` as parts of [N], written into `out` if given."""
@@ -104,11 +105,11 @@ class Stages(Protocol):
 class StageBuffer:
     """Stages in one buffer, overwritten by every step."""
 
-    def __init__(self, count: int, rows: int, like: Tensor) -> None:
+    def __init__(self, table: Table, count: int, rows: int, like: Tensor) -> None:
         storage, self._rows = empty_rows(count, rows, like)
         columns = storage.t()
         self._columns = [columns.narrow(1, 0, n) for n in range(count + 1)]
-        self._scaled: Table | None = None
+        self._scaled = table.like(torch.empty_like(table.flat))
 
     def out(self, i: int) -> Row:
         return self._rows[i]
@@ -123,8 +124,6 @@ class StageBuffer:
         return self._columns[n]
 
     def scale(self, table: Table, dt: Tensor | float) -> Table:
-        if self._scaled is None:
-            self._scaled = table.like(torch.empty_like(table.flat))
         torch.mul(table.flat, dt, out=self._scaled.flat)
         return self._scaled
 
@@ -167,7 +166,7 @@ class Memory:
     """
 
     def __init__(self, tableau: Tableau, count: int, rows: int, like: Tensor) -> None:
-        self.stages = StageBuffer(count, rows, like)
+        self.stages = StageBuffer(table(tableau, like.dtype, like.device), count, rows, like)
         self.state = torch.empty_like(like)
         self.estimates = Estimates(tableau, like)
         self.nbytes = (count + 4 + len(tableau.error)) * like.numel() * like.element_size()

@@ -59,6 +59,9 @@ class Shelf:
             while sum(each.nbytes for each in self._free.values()) > self.limit:
                 self._free.popitem(last=False)
 
+    def __len__(self) -> int:
+        return len(self._free)
+
     def clear(self) -> None:
         """Give everything back."""
         with self._lock:

@@ -87,10 +87,10 @@ def gate_cotangents(c: Row, m: Tensor, u: Tensor, slope: Row, values: Row, gates
     """(σ_x'(m) c_x, σ_f'(u) c_m), for the cotangent c of (x', m').
 
     Args:
-        slope, values: what `derivative` wrote to `out` and `values`.
+        slope, values: what `derivative` wrote to `out` and `values`; the latter may be overwritten.
     """
     if gates.joint:
-        return gates.x.pullback(c.flat, c.flat, values.flat).view(2, -1).unbind(0)
+        return gates.x.both_pullback(c, values)
     return gates.x.pullback(c.parts[0], m, slope.parts[0]), gates.f.pullback(c.parts[1], u, values.parts[1])
 
 
