@@ -11,11 +11,13 @@ import torch
 from support import Field, features, live_tensors
 
 import nesterov_triton as nt
+from nesterov_triton.stepping.scratch import SHELF
 
 
 @pytest.fixture(scope="module")
 def few_objects():
     """What there is already is not looked at again: a collection, and a count, take a hundredth of their time."""
+    SHELF.clear()
     gc.collect()
     gc.freeze()
     yield

@@ -303,7 +303,8 @@ class _AdjointDynamics:
             self._kept[0] = self._kept[-1]
 
     def finish(self) -> None:
-        """Every step has been taken: the totals are up to date."""
+        """Every step has been taken: bring the totals up to date."""
+        self.totals.settle()
 
 
 class _WithQuadratures(ExplicitRK):

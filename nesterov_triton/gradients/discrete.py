@@ -338,7 +338,8 @@ class ReverseSweep:
         return step.all_cotangents.sum(0)
 
     def finish(self) -> None:
-        """Every step has been taken: the totals are up to date."""
+        """Every step has been taken: bring the totals up to date."""
+        self.totals.settle()
         self._give_back()
 
     def _buffers(self, inside: int, like: Tensor) -> _Transpose:

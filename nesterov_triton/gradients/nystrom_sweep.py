@@ -4,8 +4,8 @@ A step is transposed by going through its columns backwards: a position gives it
 combination of, a force gives its own to its position, through the field. The last force of a step is the first of the
 next: it is evaluated once, with the next step, and its graph is kept until this one's turn.
 
-The weights depend on step size and damping. Their cotangents are inner products of columns, which one call of autograd,
-on the CPU in float64, takes to the times, γ and ξ.
+The weights depend on step size and damping. Their cotangents are inner products of columns, which one call of autograd
+for all steps, on the CPU in float64, takes to the times, γ and ξ.
 """
 
 from __future__ import annotations
@@ -37,9 +37,19 @@ class Checkpoint(NamedTuple):
     """What `NystromSweep` had found at some step."""
 
     totals: Totals
-    times: Tensor
+    counted: int
     owed: Tensor | None
     step: _Step | None
+
+
+class Counted(NamedTuple):
+    """A step from t to t1, the cotangents of its numbers, flat float64 on the CPU, and for each requested time inside
+    of it the index and the cotangents of its weights."""
+
+    t: float
+    t1: float
+    numbers: Tensor
+    inside: list[tuple[int, Tensor]]
 
 
 class NystromSweep:
@@ -51,8 +61,9 @@ class NystromSweep:
         requested: the requested times.
 
     Attributes:
-        totals: the cotangents of parameters and scalars so far.
-        times: the cotangents of the requested times so far, [n] float64 on the CPU.
+        totals: the cotangents of parameters so far; of scalars once `finish` has been called.
+        times: the cotangents of the requested times, likewise, [n] float64 on the CPU.
+        counted: the steps whose numbers have cotangents.
     """
 
     def __init__(self, method: Nystrom, flow: Flow, requested: Sequence[float]) -> None:
@@ -60,6 +71,7 @@ class NystromSweep:
         self.layout, self.force = Layout(method, flow), Force(flow)
         self.totals = Totals(flow)
         self.times = torch.zeros(len(requested), dtype=torch.float64, device="cpu")
+        self.counted: list[Counted] = []
         # The first force of the step after the one in hand, and what that step gave it.
         self._next: Linearisation | None = None
         self._value: Tensor | None = None
@@ -83,11 +95,12 @@ class NystromSweep:
         """All that was found so far, for `restore`."""
         totals = Totals(self.flow)
         totals.take(self.totals)
-        return Checkpoint(totals, self.times.clone(), self._owed, self._step)
+        return Checkpoint(totals, len(self.counted), self._owed, self._step)
 
     def restore(self, found: Checkpoint) -> None:
         """Go on from there again."""
-        self.totals, self.times, self._owed, self._step = found
+        self.totals, counted, self._owed, self._step = found
+        del self.counted[counted:]
         self._next = self._value = None  # used up
 
     def finish(self, adjoint: Tensor) -> Tensor:
@@ -98,13 +111,53 @@ class NystromSweep:
         assert self._next is not None
         assert self._owed is not None
         of_x = step.pull(0, self._next, self._owed)
-        step.count()
+        step.counted()
+        self._settle()
         x, m = adjoint.view(2, -1).unbind(0)
         return torch.cat((x + of_x, m))
 
+    def _settle(self) -> None:
+        """Take the cotangents of all steps' numbers to times and scalars."""
+        steps, flow, last = self.counted, self.flow, len(self.requested) - 1
+        if not steps:
+            return
+        system = self.layout.system
+        gamma, xi = flow.scalars.get("damping", system.fixed_damping), flow.scalars.get("xi", system.fixed_xi)
+        inside = [(n, k, w) for n, step in enumerate(steps) for k, w in step.inside]
+        numbers = [[s.t for s in steps], [s.t1 for s in steps], [self.requested[k] for _, k, _ in inside]]
+        leaves = [torch.tensor(x, dtype=torch.float64, device="cpu", requires_grad=flow.time_grads) for x in numbers]
+        t, t1, at = leaves
+        with torch.enable_grad():
+            h = t1 - t
+            times = torch.stack([t1 if c == 1.0 else t + c * h for c in self.method.c], dim=-1)
+            of_numbers = torch.stack([s.numbers for s in steps])
+            pairs = [(self.layout.graph(times, h, gamma, xi)[:, : of_numbers.shape[1]], of_numbers)]
+            if inside:
+                n = [n for n, _, _ in inside]
+                weights = self.layout.dense((at - t[n]) / h[n], h[n], gamma)
+                pairs.append((weights, torch.stack([w for *_, w in inside], dim=-1)))
+        pairs = [(value, c) for value, c in pairs if value.requires_grad]
+        if not pairs:
+            return
+        # What each number moves with: a requested time, by its index, or a scalar.
+        ends = [last if s.t1 == self.requested[last] else 0 for s in steps]
+        owners = [[0] * len(steps), ends, [k for _, k, _ in inside]] if flow.time_grads else []
+        found = torch.autograd.grad(
+            [value for value, _ in pairs],
+            [*leaves[: len(owners)], *flow.scalars.values()],
+            [c for _, c in pairs],
+            allow_unused=True,
+        )
+        for owner, g in zip(owners, found, strict=False):
+            if g is not None:
+                self.times.index_add_(0, torch.tensor(owner, dtype=torch.int64), g)
+        for name, g in zip(flow.scalars, found[len(owners) :], strict=True):
+            if g is not None:
+                self.totals.scalars[name] += g
+
     def _transpose(self, step: _Step, adjoint: Tensor, outputs: Outputs) -> Tensor:
         if self._step is not None:
-            self._step.count()
+            self._step.counted()
         found, owed = step.transpose(adjoint, outputs, step.last if self._next is None else self._next, self._owed)
         self._next, self._value, self._owed, self._step = step.lins[0], step.columns[2], owed, step
         return found
@@ -275,40 +328,10 @@ class _Step:
                     self.of_moments[name][i] += float(value)
         return found.x
 
-    def count(self) -> None:
-        """Take the cotangents of the step's numbers to times and scalars: all of its forces have been pulled back."""
-        if not self.wants_graph:
-            return
-        flow, sweep, system, last = self.flow, self.sweep, self.layout.system, len(self.sweep.requested) - 1
-        # What each number moves with: a requested time, by its index, or a scalar.
-        owners: list[int | str] = [0, last if self.t1 == sweep.requested[last] else 0, *(k for k, _ in self.inside)]
-        numbers = [self.t, self.t1, *(sweep.requested[k] for k, _ in self.inside)]
-        leaves = [torch.tensor(x, dtype=torch.float64, device="cpu", requires_grad=flow.time_grads) for x in numbers]
-        t, t1, *requested = leaves
-        gamma = flow.scalars.get("damping", system.fixed_damping)
-        xi = flow.scalars.get("xi", system.fixed_xi)
-        found = [[self.of_moments[name] for name in self.layout.moments]]
-        moments = torch.tensor(found, dtype=torch.float64, device="cpu").view(-1)
-        of_vector = torch.cat([moments, *(w.to(moments).reshape(-1) for w in self.of_weights)])
-        with torch.enable_grad():
-            h = t1 - t
-            times = torch.stack([t1 if c == 1.0 else t + c * h for c in sweep.method.c])
-            vector = self.layout.graph(times, h, gamma, xi)
-            values = [vector[: of_vector.numel()], *(self.layout.dense((x - t) / h, h, gamma) for x in requested)]
-        cotangents = [of_vector, *(w.to(moments) for _, w in self.inside)]
-        pairs = [(value, c) for value, c in zip(values, cotangents, strict=True) if value.requires_grad]
-        owners += flow.scalars
-        leaves += flow.scalars.values()
-        if not pairs:
-            return
-        wanted = [(owner, leaf) for owner, leaf in zip(owners, leaves, strict=True) if leaf.requires_grad]
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            [value for value, _ in pairs], [leaf for _, leaf in wanted], [c for _, c in pairs], allow_unused=True
-        )
-        for (owner, _), g in zip(wanted, grads, strict=True):
-            if g is None:
-                continue
-            if isinstance(owner, str):
-                sweep.totals.scalars[owner] += g
-            else:
-                sweep.times[owner] += g
+    def counted(self) -> None:
+        """All forces of the step have been pulled back: the cotangents of its numbers are known."""
+        if self.wants_graph:
+            moments = [x for name in self.layout.moments for x in self.of_moments[name]]
+            found = torch.tensor(moments, dtype=torch.float64, device="cpu")
+            found = torch.cat([found, *(w.to(found).view(-1) for w in self.of_weights)])
+            self.sweep.counted.append(Counted(self.t, self.t1, found, [(k, w.to(found)) for k, w in self.inside]))

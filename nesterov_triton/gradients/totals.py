@@ -9,6 +9,8 @@ from torch import Tensor
 
 from nesterov_triton.flow import Cotangents, Flow
 
+AT_ONCE = 100  # steps that are kept until autograd is called
+
 
 def zeros_for(params: Sequence[Tensor]) -> list[Tensor]:
     """A sum for each of `params`, of its shape, in at least float32."""
@@ -34,6 +36,7 @@ class Totals:
         self.flow = flow
         self.params = zeros_for(flow.params)
         self.scalars = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in flow.scalars}
+        self._later: list[tuple[Sequence[float], list[Tensor | None]]] = []
 
     def restart(self, flow: Flow) -> None:
         """From 0 again, in the same memory, for another solve."""
@@ -61,47 +64,59 @@ class Totals:
     def add_coefficients(
         self, times: Sequence[float], stages: Sequence[Cotangents], weights: Sequence[float] | None = None
     ) -> Tensor | None:
-        """Pull the stages' coefficient cotangents back to the scalars; return those of `times` if they are wanted,
-        [s]."""
+        """Take the stages' coefficient cotangents, which `settle` brings to the scalars; return those of `times` if
+        they are wanted, [s]."""
         flow = self.flow
         if not flow.coefficient_grads and not flow.time_grads:
             return None
-        of_times = self._pull(torch.tensor(times, dtype=torch.float64, device="cpu"), stages, weights)
-        if of_times is not None:
-            for i, stage in enumerate(stages):
-                if stage.time is not None:
-                    of_times[i] += stage.time.to(of_times)
+        self._later.append((times, _columns(stages, weights)))
+        of_times = self.settle() if flow.time_grads or len(self._later) == AT_ONCE else None
+        if of_times is None:
+            return None
+        for i, stage in enumerate(stages):
+            if stage.time is not None:
+                of_times[i] += stage.time.to(of_times)
         return of_times
 
-    def _pull(self, times: Tensor, stages: Sequence[Cotangents], weights: Sequence[float] | None) -> Tensor | None:
-        flow = self.flow
-        leaf = times.detach().requires_grad_(flow.time_grads)
+    def settle(self) -> Tensor | None:
+        """Bring to the scalars what `add_coefficients` was given: one call of autograd for all of it. Return the
+        cotangents of its times if they are wanted."""
+        if not self._later:
+            return None
+        flow, later = self.flow, self._later
+        self._later = []
+        leaf = torch.tensor([t for times, _ in later for t in times], dtype=torch.float64, device="cpu")
+        leaf.requires_grad_(flow.time_grads)
         with torch.enable_grad():
             # The scalars here are leaves of this solve: what leads to them is the caller's graph.
             values = flow.coefficients(leaf)
         outputs, grads = [], []
-        q_and_gamma = [(None, None) if c.linear is None else c.linear.unbind(0) for c in stages]
-        for value, found in (
-            (values.scale, [c.scale for c in stages]),
-            (values.drive, [c.drive for c in stages]),
-            (values.q, [q for q, _ in q_and_gamma]),
-            (values.minus_gamma, [g for _, g in q_and_gamma]),
-        ):
-            if value is None or not value.requires_grad:
-                continue
-            zero = value.new_zeros(())
-            grad = torch.stack([zero if x is None else x.to(zero) for x in found])
-            outputs.append(value)
-            grads.append(grad if weights is None else grad * grad.new_tensor(weights))
-        names = list(flow.scalars)
-        inputs = [flow.scalars[n] for n in names] + ([leaf] if flow.time_grads else [])
-        if not outputs or not inputs:
-            return torch.zeros_like(times) if flow.time_grads else None
-        pulled = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-        for name, g in zip(names, pulled, strict=False):
+        for k, value in enumerate(values):
+            if value is not None and value.requires_grad:
+                outputs.append(value)
+                columns = [(len(times), found[k]) for times, found in later]
+                grads.append(torch.cat([value.new_zeros(n) if x is None else x.to(value) for n, x in columns]))
+        inputs = [*flow.scalars.values()] + ([leaf] if flow.time_grads else [])
+        pulled = torch.autograd.grad(outputs, inputs, grads, allow_unused=True) if outputs and inputs else ()
+        for name, g in zip(flow.scalars, pulled, strict=False):
             if g is not None:
                 self.scalars[name] += g
         if not flow.time_grads:
             return None
-        last = pulled[-1]
-        return torch.zeros_like(times) if last is None else last
+        last = pulled[-1] if pulled else None
+        return torch.zeros_like(leaf) if last is None else last
+
+
+def _columns(stages: Sequence[Cotangents], weights: Sequence[float] | None) -> list[Tensor | None]:
+    """The stages' cotangents of each of `Coefficients`, [s]; None where no stage has any."""
+    linear = [(None, None) if c.linear is None else c.linear.unbind(0) for c in stages]
+    found: list[Tensor | None] = []
+    for column in ([c.scale for c in stages], [c.drive for c in stages], *zip(*linear, strict=True)):
+        have = next((x for x in column if x is not None), None)
+        if have is None:
+            found.append(None)
+            continue
+        zero = have.new_zeros(())
+        stacked = torch.stack([zero if x is None else x for x in column])
+        found.append(stacked if weights is None else stacked * stacked.new_tensor(weights))
+    return found

@@ -104,17 +104,17 @@ class Layout:
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def graph(self, times: Tensor, h: Tensor, gamma: Tensor | float, xi: Tensor | float) -> Tensor:
-        """The same with a graph, to rounding: `times` [s], `h` 0-d, γ and ξ, float64 on the CPU."""
-        c = self.system.coefficients(times, gamma, xi)
+        """The same with a graph, to rounding: `times` [..., s], `h` [...], γ and ξ, float64 on the CPU."""
+        c = self.system.coefficients(times.reshape(-1), gamma, xi)
         moments = [times]
         for name in self.moments[1:]:
             value = getattr(c, name)
             if name == "q":
-                value = torch.zeros_like(times) if value is None else value
+                value = torch.zeros_like(times).view(-1) if value is None else value
                 if not self.gated:
                     value = value + gamma * gamma / 4
-            moments.append(value)
-        return torch.cat([*moments, *(part.reshape(-1) for part in self._weights(gamma, h))])
+            moments.append(value.view(times.shape))
+        return torch.cat([*moments, *(part.flatten(-2) for part in self._weights(gamma, h))], dim=-1)
 
     def _plain_weights(self, gamma: float, h: float) -> list[float]:
         """As `_weights`, one after the other. Plain numbers: fewer than a hundred cost less than thirty operators."""
@@ -147,33 +147,35 @@ class Layout:
             *(h * m - half * square * x for x, m in zip(own_x, own_m, strict=True)),
         ]
 
-    def _weights(self, gamma: Tensor | float, h: Tensor | float) -> list[Tensor]:
-        k = self.numbers
+    def _weights(self, gamma: Tensor | float, h: Tensor) -> list[Tensor]:
+        k, by_row, by_entry = self.numbers, h[..., None], h[..., None, None]
         if self.gated:
-            late = torch.exp(k.c * (gamma * h))  # 1 / decay
-            nodes = torch.exp(k.d * (-gamma * h))
-            end = 1 / late[-1]
-            paths = torch.cat((nodes.unsqueeze(1), k.p * torch.outer(nodes, late) * h), dim=1)
-            last = torch.cat((end.reshape(1), k.b * late * (end * h)))
-            own = k.error * (late * end)
-            return [torch.cat((paths, last.unsqueeze(0))), k.w * h, torch.stack((own[0] * (h * h), own[1] * h))]
+            late = torch.exp(k.c * (gamma * by_row))  # 1 / decay
+            nodes = torch.exp(k.d * (-gamma * by_row))
+            end = 1 / late[..., -1:]
+            driven = k.p * (nodes.unsqueeze(-1) * late.unsqueeze(-2)) * by_entry
+            paths = torch.cat((nodes.unsqueeze(-1), driven), dim=-1)
+            last = torch.cat((end, k.b * late * (end * by_row)), dim=-1)
+            own = k.error * (late * end).unsqueeze(-2)
+            error = own * torch.stack((h * h, h), dim=-1).unsqueeze(-1)
+            return [torch.cat((paths, last.unsqueeze(-2)), dim=-2), k.w * by_entry, error]
         half = gamma * 0.5
-        late = torch.exp(k.c * (half * h))
+        late = torch.exp(k.c * (half * by_row))
         decay = 1 / late
-        end = decay[-1]
-        of_forces = k.a[1:] * torch.outer(decay[1:], late) * (h * h)
-        positions = torch.cat(
-            ((decay * (1 + k.c * (half * h)))[1:, None], (decay * k.c * h)[1:, None], of_forces), dim=1
-        )
-        forces = k.b * late * (end * h) - of_forces[-1] * half
-        zero = end * 0.0
-        momentum = torch.cat(((zero - end * half * half * h).reshape(1), (end * (1 - half * h)).reshape(1), forces))
-        own = k.error * (late * end)
-        y = own[0] * (h * h)
-        return [torch.cat((positions, momentum.unsqueeze(0))), torch.stack((y, own[1] * h - y * half))]
+        end = decay[..., -1:]
+        square = by_row * by_row
+        of_forces = k.a[1:] * (decay[..., 1:, None] * late.unsqueeze(-2)) * square.unsqueeze(-1)
+        drift = torch.stack((1 + k.c * (half * by_row), k.c * by_row), dim=-1) * decay.unsqueeze(-1)
+        positions = torch.cat((drift[..., 1:, :], of_forces), dim=-1)
+        forces = k.b * late * (end * by_row) - of_forces[..., -1, :] * half
+        momentum = torch.cat((-end * half * half * by_row, end * (1 - half * by_row), forces), dim=-1)
+        own = k.error * (late * end).unsqueeze(-2)
+        of_y = own[..., 0, :] * square
+        error = torch.stack((of_y, own[..., 1, :] * by_row - of_y * half), dim=-2)
+        return [torch.cat((positions, momentum.unsqueeze(-2)), dim=-2), error]
 
     def dense(self, theta: Tensor | float, h: Tensor | float, gamma: Tensor | float) -> Tensor:
-        """The weights of x and m at the fraction θ of a step, [2, ·], of what `ends` gives."""
+        """The weights of x and m at the fraction θ of a step, [2, ·], of what `ends` gives; at n of them [2, ·, n]."""
         s = torch.as_tensor(theta, dtype=torch.float64, device="cpu")
         if self.gated:
             r = 1 - s
