@@ -77,12 +77,16 @@ class Force:
         self._of(at, i, x, gated, out)
         return Linearisation(evaluation, x, gated)
 
-    def pullback(self, at: Moments, i: int, lin: Linearisation, c: Tensor) -> Cotangents:
-        """Transpose of `linearise` at moment `i`, for the cotangent `c` of the force. Frees the graph."""
+    def pullback(self, at: Moments, i: int, lin: Linearisation, c: Tensor, wrt_params: bool = True) -> Cotangents:
+        """Transpose of `linearise` at moment `i`, for the cotangent `c` of the force. Frees the graph.
+
+        Args:
+            wrt_params: whether the parameters' cotangents are wanted.
+        """
         flow, scale, drive, q = self.flow, at.scale[i], at.drive[i], at.q[i]
         through_gate = self.gate.pullback(c, lin.network.u.detach().reshape(-1), lin.gated) if self.gated else c
         g = through_gate * (self.sign if drive is None else drive)
-        through, time, grads = lin.network.pullback(g, flow.params)
+        through, time, grads = lin.network.pullback(g, flow.params if wrt_params else ())
         v = through[0]
         of_x = torch.zeros_like(c) if v is None else v if scale is None else v * scale
         if q is not None:

@@ -45,6 +45,9 @@ __all__ = ["METHODS", "Gated", "Nystrom", "check"]
 
 Rows = tuple[tuple[float, ...], ...]
 
+# Gauss's quadrature of order 6 on [0, 1]: (point, weight).
+POINTS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 4 / 9), (0.5 + math.sqrt(0.15), 5 / 18))
+
 
 @dataclass(frozen=True)
 class Gated:

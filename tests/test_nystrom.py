@@ -400,14 +400,68 @@ def test_second_derivatives() -> None:
         torch.autograd.grad(solution.final[0].sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("name", ["nesterov", "gnesterov"])
-def test_the_adjoint_is_solved_by_a_general_method(name: str) -> None:
+def off(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max() / (1 + b.abs().max())) for a, b in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("t", [(1.0, 1.5, 2.0), (2.0, 1.0)], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_the_adjoint_by_the_same_method_converges_with_its_order(name: str, method: str, t: tuple[float, ...]) -> None:
+    """To the gradients of backpropagation through dopri8 at 1e-12: of states, times, parameters, γ (by a quadrature whose
+    order is 5) and ξ."""
     flow = system(name)
-    options = {"rtol": 1e-9, "atol": 1e-9}
-    _, truth, _ = gradient_of(flow, "nystrom4", "discrete", (1.0, 1.5, 2.0), **options)
-    _, found, stats = gradient_of(flow, "nystrom4", "adjoint", (1.0, 1.5, 2.0), **options)
-    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6)
-    assert stats.nfe_backward > 0
+    _, truth, _ = gradient_of(flow, "dopri8", "backprop", t, rtol=1e-12, atol=1e-12)
+    errors = []
+    for count in (16, 32):
+        _, found, stats = gradient_of(flow, method, "adjoint", t, step_size=1 / count)
+        errors.append(off(found, truth))
+        # Each force once, and the first of each interval; the slopes at the requested times are calls of their own.
+        assert stats.nfe_backward == (METHODS[method].stages - 1) * count + len(t) - 1 + len(t)
+    assert math.log2(errors[0] / errors[1]) > METHODS[method].order - 0.7
+    assert errors[1] < {2: 5e-3, 4: 1e-5, 6: 1e-8}[METHODS[method].order]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("nesterov exact", "nystrom6"), ("heavy ball", "nystrom4"), ("gnesterov", "blanes_moan4")]
+)
+def test_the_adjoint_keeps_its_tolerance_by_any_pair_of_methods(name: str, method: str) -> None:
+    flow, t, options = system(name), (1.0, 1.4, 2.0), {"rtol": 1e-8, "atol": 1e-8}
+    _, truth, _ = gradient_of(flow, "dopri8", "backprop", t, rtol=1e-12, atol=1e-12)
+    needed = {}
+    for forward, backward in ((method, None), (method, "dopri5"), ("dopri5", method)):
+        _, found, stats = gradient_of(flow, forward, gradients.Adjoint(method=backward), t, **options)
+        assert off(found, truth) < 1e-6
+        needed[forward, backward] = stats.nfe_backward
+    assert needed[method, None] != needed[method, "dopri5"]
+
+
+def test_fewer_evaluations_of_both_passes_for_the_same_error_of_the_adjoint_gradient() -> None:
+    """Over the better of dopri5 and tsit5, in the mean."""
+    ratios, t = [], (1.0, 2.0)
+    for name in ("nesterov", "heavy ball", "gnesterov", "generalised heavy ball"):
+        flow = system(name)
+        _, truth, _ = gradient_of(flow, "dopri8", "backprop", t, rtol=1e-12, atol=1e-12)
+        counts = []
+        for method in ("nystrom4", "dopri5", "tsit5"):
+            runs = []
+            for tolerance in (10 ** (-2 - k / 2) for k in range(10)):
+                _, found, stats = gradient_of(flow, method, "adjoint", t, rtol=tolerance, atol=tolerance)
+                runs.append((off(found, truth), stats.nfe_forward + stats.nfe_backward))
+            counts.append([min(nfe for error, nfe in runs if error <= goal) for goal in (1e-3, 1e-4, 1e-5)])
+        own, *others = counts
+        ratios += [a / min(b) for a, *b in zip(own, *others, strict=True)]
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) < 0.75
+
+
+def test_an_adjoint_that_fails_says_where() -> None:
+    flow, state = system("gnesterov"), start()
+    x, m = (s.clone().requires_grad_() for s in state)
+    solution = nt.solve(flow, (x, m), (1.0, 2.0), method="nystrom4", gradient="adjoint", max_steps=20, rtol=1e-3)
+    with torch.no_grad():
+        flow.field.rate.data.fill_(math.nan)  # not a change that autograd counts
+    with pytest.raises(nt.SolveError, match="the adjoint's backward solve") as raised:
+        solution.final[0].sum().backward()
+    assert raised.value.status is nt.Status.NON_FINITE
 
 
 def test_a_field_with_hidden_leaves_is_refused() -> None:
@@ -548,6 +602,11 @@ def test_the_choice_of_a_method() -> None:
             "method='strang' or 'blanes_moan4'",
         ),
         (lambda s: gradients.Reversible(every=0), "at least 1"),
+        (lambda s: gradients.Adjoint(method="nystrom4", quadratures_in_norm=True), "take 'dopri5'"),
+        (
+            lambda s: gradient_of(system("gnesterov"), "dopri5", gradients.Adjoint(method="nystrom6"), (1.0, 2.0)),
+            "knows no gate",
+        ),
         (lambda s: gradients.Reversible(bound=-1.0), "≥ 0"),
         (lambda s: nt.solve(system("nesterov"), s, (1.0, 2.0), method="nystrom5"), "did you mean 'nystrom"),
     ],
@@ -563,6 +622,8 @@ def test_what_cannot_be_is_refused_before_any_work(make: Callable[[Any], Any], m
         ("gnesterov exact", "nystrom4", "discrete", (2.0, 1.6, 1.0)),
         ("heavy ball", "nystrom6", "discrete", (1.0, 2.0)),
         ("nesterov", "blanes_moan4", "adjoint", (1.0, 1.5)),
+        ("generalised heavy ball", "nystrom4", "adjoint", (2.0, 1.6, 1.0)),
+        ("heavy ball", "nystrom6", "adjoint", (1.0, 1.5)),
     ],
 )
 def test_traced_solves_are_the_eager_ones(name: str, method: str, gradient: str, t: tuple[float, ...]) -> None:

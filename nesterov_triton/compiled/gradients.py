@@ -233,7 +233,16 @@ class Adjoint(torch.autograd.Function):
             of_state, of_tensors = pull(tuple(adjoint))
             return (*slope, *(-g for g in of_state), *(-g for g in of_tensors))
 
+        def forces(at: Moment, x: Tensor, a_m: Tensor) -> list[Tensor]:
+            force, pull, *_ = vjp(lambda y, own: bound.force(at, y, own), x, tuple(tensors))
+            of_x, of_tensors = pull(a_m)
+            return [force, of_x, *(-g for g in of_tensors)]
+
         flow = Flow(slopes, bound.moments)
+        own = setting.flow(tensors).parts
+        if own is not None:
+            learned = bound.scalars.index("damping") if "damping" in bound.scalars else None
+            flow = flow._replace(parts=own._replace(force=None, back=forces, of_gamma=learned))
         # The states at all times, and their cotangents, last first.
         points = [t.clone() for t in times.unbind(0)]
         states = [list(rows), *([x[k] for x in held] for k in range(len(times) - 2)), list(ends)]

@@ -135,7 +135,8 @@ def walk(
             return [torch.where(ok, x, y) for x, y in zip(a, b, strict=True)]
 
         following = chosen(own[-1], own[0]) if kept_first else []
-        totals = chosen(combine(sums, dt, [k[count:] for k in own], tableau.b), sums) if sums else []
+        integrands = [k[len(k) - len(sums) :] for k in own]
+        totals = chosen(combine(sums, dt, integrands, tableau.b), sums) if sums else []
         if times is not None:
             inside = ok & within(times, t, t1)
             found = states_inside(tableau, flow, dt, state, tried, (times - t) / dt)

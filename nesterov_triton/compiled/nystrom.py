@@ -11,24 +11,36 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from nesterov_triton.compiled.system import Moment
-from nesterov_triton.nystrom import Nystrom
+from nesterov_triton.nystrom import POINTS, Nystrom
 
 Rows = Sequence[Tensor]
 
 
 class Parts(NamedTuple):
-    """What a momentum system is made of, where its field sees the position alone."""
+    """What a momentum system is made of, where its field sees the position alone.
 
-    force: Callable[[Moment, Tensor], Tensor]  # s σ_f(f(t, κ x)) + q x
-    gamma: Tensor | float  # 0-d float64
-    gate: Callable[[Tensor], Tensor] | None  # σ_x; None for the identity
+    Attributes:
+        force: s σ_f(f(t, κ x)) + q x; None where `back` is there.
+        gamma: 0-d float64.
+        gate: σ_x; None for the identity.
+        back: of the adjoint of one, whose rows are (x, m, a_x, a_m): from x and a_m the force F, (∂F/∂x)ᵀ a_m, and the
+            integrands of the quadratures.
+        of_gamma: which of these is γ's; the force does not know it.
+    """
 
-    def force_of(self, rows: Rows, slope: Rows) -> Tensor:
-        """The force in a value of the right-hand side."""
-        found: Tensor = slope[1] + _cast(self.gamma, rows[1]) * rows[1]
-        return found
+    force: Callable[[Moment, Tensor], Tensor] | None
+    gamma: Tensor | float
+    gate: Callable[[Tensor], Tensor] | None
+    back: Callable[[Moment, Tensor, Tensor], list[Tensor]] | None = None
+    of_gamma: int | None = None
+
+    def forces_of(self, rows: Rows, slope: Rows) -> list[Tensor]:
+        """A first stage, from the right-hand side there."""
+        force: Tensor = slope[1] + _cast(self.gamma, rows[1]) * rows[1]
+        return [force] if self.back is None else [force, -slope[2], *slope[4:]]
 
 
 def attempt(
@@ -41,6 +53,7 @@ def attempt(
     """
     x, m = rows
     gated, h, half = method.gated, _cast(dt, x), _cast(parts.gamma, x) * 0.5
+    assert parts.force is not None
     if first is None:
         first, moments = parts.force(moments[0], x), moments[1:]
     forces = [first]
@@ -72,6 +85,86 @@ def attempt(
         driven.append(forces[-1] * grown(method.c[i]))
     of_y, of_v = ((h * h) * _sum(driven, method.error[0]) / end, h * _sum(driven, method.error[1]) / end)
     return [[f] for f in forces], [position, (m + h * _sum(driven, method.b)) / end], [of_y, of_v]
+
+
+def adjoint_attempt(
+    method: Nystrom, parts: Parts, moments: Sequence[Moment], dt: Tensor, rows: Rows, first: Rows | None
+) -> tuple[list[Rows], Rows, Rows]:
+    """As `attempt`, for the adjoint: see `gradients.nystrom_adjoint`."""
+    x, m, a_x, a_m = rows
+    gated, back, gate = method.gated, parts.back, parts.gate
+    assert back is not None
+    gamma, h = _cast(parts.gamma, x), _cast(dt, x)
+    half = gamma * 0.5
+    if first is None:
+        first, moments = back(moments[0], x, a_m), moments[1:]
+    stages: list[Rows] = [first]
+
+    def grown(part: float) -> Tensor:
+        return _growth(parts.gamma, part, dt, x)
+
+    position, cotangent, end = x, a_m, grown(1.0 if gate is not None else 0.5)
+    if gate is None:
+        # Two systems, of damping γ and -γ, that share their forces.
+        mu = gamma * a_m - a_x
+        v, w = m + half * x, mu - half * a_m
+        driven, driving = [first[0] + half * half * x], [first[1] + half * half * a_m]
+        for i, moment in enumerate(moments, 1):
+            late, c = grown(0.5 * method.c[i]), method.c[i] * h
+            position = (x + c * v + (h * h) * _sum(driven, method.a[i])) / late
+            cotangent = (a_m + c * w + (h * h) * _sum(driving, method.a[i])) * late
+            stages.append(back(moment, position, cotangent))
+            driven.append((stages[-1][0] + half * half * position) * late)
+            driving.append((stages[-1][1] + half * half * cotangent) / late)
+        v1, w1 = v + h * _sum(driven, method.b), w + h * _sum(driving, method.b)
+        m1, a_x1 = v1 / end - half * position, half * cotangent - w1 * end
+        of_y, of_u = ((h * h) * _sum(x, method.error[0]) for x in (driven, driving))
+        of_v, of_w = (h * _sum(x, method.error[1]) for x in (driven, driving))
+        error = [of_y / end, (of_v - half * of_y) / end, (half * of_u - of_w) * end, of_u * end]
+    else:
+        assert gated is not None
+        gates: list[Tensor] = []
+        pulls: list[Tensor] = []
+        driven, driving = [first[0]], [-first[1]]
+        for i, moment in enumerate(moments, 1):
+            row, late = gated.w[i - 1], grown(method.c[i])
+            for q in range(len(gates), len(row)):
+                age = grown(gated.d[q])
+                value, pull, *_ = vjp(gate, (m + h * _sum(driven, gated.p[q])) / age)
+                (through,) = pull(a_x + h * _sum(driving, gated.p[q]))
+                gates.append(value)
+                pulls.append(through / age)
+            position = x + h * _sum(gates, row)
+            cotangent = (a_m - h * _sum(pulls, row)) * late
+            stages.append(back(moment, position, cotangent))
+            driven.append(stages[-1][0] * late)
+            driving.append(-stages[-1][1])
+        m1, a_x1 = (m + h * _sum(driven, method.b)) / end, a_x + h * _sum(driving, method.b)
+        early = [x / grown(c) for x, c in zip(driving, method.c, strict=True)]
+        of_y, of_v = (h * h) * _sum(driven, method.error[0]) / end, h * _sum(driven, method.error[1]) / end
+        error = [of_y, of_v, h * _sum(driving, method.error[1]), (h * h) * _sum(early, method.error[0]) * end]
+    new = [position, m1, a_x1, cotangent]
+    if parts.of_gamma is not None:
+        mean, k = _mean_of_gamma(parts, dt, rows, new, stages[0], stages[-1]), 2 + parts.of_gamma
+        stages = [[*stage[:k], mean, *stage[k + 1 :]] for stage in stages]
+    return stages, new, error
+
+
+def _mean_of_gamma(parts: Parts, dt: Tensor, rows: Rows, new: Rows, first: Rows, last: Rows) -> Tensor:
+    """The mean of a_m · m over a step, from its dense output."""
+    points = torch.stack([torch.full_like(dt, p) for p, _ in POINTS])
+    momenta = dense_output(parts._replace(back=None), dt, rows[:2], new[:2], first[0], last[0], points)[1]
+    (_, m0, a_x0, a0), (_, m1, a_x1, a1) = rows, new
+    gamma = _cast(parts.gamma, m0)
+    if parts.gate is None:
+        pairs, other = ((a0, gamma * a0 - a_x0), (a1, gamma * a1 - a_x1)), Parts(None, -parts.gamma, None)
+        cotangents = dense_output(other, dt, *pairs, first[1], last[1], points)[0]
+    else:
+        through = [vjp(parts.gate, m)[1](a)[0] for m, a in ((m0, a_x0), (m1, a_x1))]
+        pairs = (a0, gamma * a0 - through[0]), (a1, gamma * a1 - through[1])
+        cotangents = dense_output(parts._replace(gate=torch.clone), dt, *pairs, a0, a1, points)[0]
+    products = [(a * m).sum() for a, m in zip(cotangents.unbind(0), momenta.unbind(0), strict=True)]
+    return _sum(products, [w for _, w in POINTS]).to(torch.float64)
 
 
 def dense_output(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._functorch import config as _functorch_config
 from torch.func import functional_call
 
-from nesterov_triton import gates, gradients, methods
+from nesterov_triton import gates, gradients
 from nesterov_triton.compiled.gradients import Adjoint, Counts, Discrete, Setting, forward
 from nesterov_triton.compiled.loop import Plan
 from nesterov_triton.compiled.step import stages_back
@@ -245,12 +245,10 @@ def _backward_plan(plan: Plan, gradient: Any) -> Plan:
         raise RuntimeError("Adjoint(method=) and Adjoint(quadratures_in_norm=) cannot be traced by torch.compile")
     own = numbers(gradient)
     rtol, atol = plan.rtol if own[0] is None else own[0], plan.atol if own[1] is None else own[1]
-    tableau, options = plan.tableau, plan.options
-    if isinstance(tableau, Nystrom):
-        tableau = methods.GENERAL
-        if options.step_size is not None:
-            raise RuntimeError("the adjoint after fixed steps of such a method cannot be traced by torch.compile")
-    return Plan(tableau, rtol, atol, options)
+    options = plan.options
+    if isinstance(plan.tableau, Nystrom) and None not in own:
+        options = replace(options, step_size=None)
+    return Plan(plan.tableau, rtol, atol, options)
 
 
 def _solution(

@@ -83,7 +83,7 @@ def kept(method: Method, flow: Flow, rows: Rows, slope: Rows) -> list[Tensor]:
     if not isinstance(method, Nystrom):
         return list(slope)
     assert flow.parts is not None
-    return [flow.parts.force_of(rows, slope)]
+    return flow.parts.forces_of(rows, slope)
 
 
 def attempt(
@@ -107,6 +107,9 @@ def attempt(
     if isinstance(method, Nystrom):
         assert flow.parts is not None
         moments = flow.moments(stage_times(method.c[0 if first is None else 1 :], t, t1, dt))
+        if flow.parts.back is not None:
+            stages, new, error = nystrom.adjoint_attempt(method, flow.parts, moments, dt, rows, first)
+            return Attempt(stages, new, [error])
         forces, new, error = nystrom.attempt(method, flow.parts, moments, dt, rows, None if first is None else first[0])
         return Attempt(forces, new, [error])
     whole = len(nodes(method, dense))

@@ -16,16 +16,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nesterov_triton import tableaus
+from nesterov_triton import methods
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
 from nesterov_triton.gradients.leaves import apart, check_cotangents, check_leaves, check_parameters, refuse_graph
+from nesterov_triton.gradients.nystrom_adjoint import NystromAdjoint
 from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
 from nesterov_triton.gradients.totals import Totals
-from nesterov_triton.nystrom import Nystrom
+from nesterov_triton.methods import Method
+from nesterov_triton.nystrom import Nystrom, check
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
 from nesterov_triton.stepping import device_loop
@@ -42,8 +44,7 @@ class Adjoint:
 
     Args:
         rtol, atol: tolerances of the backward solve; None for the forward ones.
-        method: its method; None for the forward one, or dopri5 where that is one for momentum systems alone. With a
-            fixed-step method the forward step size is used.
+        method: its method; None for the forward one. With fixed steps the forward step size is used.
         quadratures_in_norm: let the parameters' quadratures take part in the error control of the backward solve, as
             torchdiffeq does unless told otherwise; the norm is then the larger of the state's and theirs.
         options: what its loop is told; None for what the forward loop is told.
@@ -54,7 +55,7 @@ class Adjoint:
 
     rtol: float | None = None
     atol: float | None = None
-    method: str | Tableau | None = None
+    method: str | Method | None = None
     quadratures_in_norm: bool = False
     options: LoopOptions | None = None
     measure: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor | float] | None = None
@@ -64,8 +65,8 @@ class Adjoint:
             value = getattr(self, name)
             if value is not None and not (value >= 0 if self.measure is not None else value > 0):
                 raise ValueError(f"Adjoint {name} must be positive or None, got {value}")
-        if self.method is not None:
-            self._tableau(self.method)
+        if self.method is not None and isinstance(self._method(self.method), Nystrom) and self.quadratures_in_norm:
+            raise ValueError(f"Adjoint method {self.method!r} keeps quadratures out of the norm; take 'dopri5'")
 
     def solve(self, problem: Problem) -> list[Tensor]:
         """The states at the requested times after the first, [D] each, with their graph."""
@@ -75,32 +76,38 @@ class Adjoint:
         return list(states)
 
     @staticmethod
-    def _tableau(method: str | Tableau) -> Tableau:
-        return method if isinstance(method, Tableau) else tableaus.get(method)
+    def _method(method: str | Method) -> Method:
+        return methods.get(method) if isinstance(method, str) else method
 
     def backward_problem(self, problem: Problem) -> Problem:
         """Method and tolerances of the backward solve.
 
         Raises:
-            ValueError: a fixed-step method is asked for and the forward solve has no step size, or the reverse.
+            ValueError: a fixed-step method is asked for and the forward solve has no step size, or the reverse; or a
+                method that does not fit the system.
         """
-        own_method = "dopri5" if isinstance(problem.method, Nystrom) else problem.method
-        tableau = self._tableau(own_method if self.method is None else self.method)
-        options = problem.options if self.options is None else self.options
-        if not tableau.adaptive:
+        method, options = problem.method, problem.options if self.options is None else self.options
+        if self.method is not None:
+            method = self._method(self.method)
+            if isinstance(method, Nystrom):
+                check(method, problem.system)
+        elif isinstance(method, Nystrom) and self.quadratures_in_norm:
+            method = methods.GENERAL
+        own, given = problem.tolerance, self.rtol is not None and self.atol is not None
+        stepped = options.step_size is not None and isinstance(method, Nystrom) and not given
+        if not method.adaptive or stepped:
             if options.step_size is None and self.options is None:
-                raise ValueError(f"Adjoint method {tableau.name!r} takes fixed steps: pass step_size to the solve")
-            return replace(problem, method=tableau, tolerance=None, options=options)
-        own = problem.tolerance
-        if own is None and (self.rtol is None or self.atol is None):
+                raise ValueError(f"Adjoint method {method.name!r} takes fixed steps: pass step_size to the solve")
+            return replace(problem, method=method, tolerance=None, options=options)
+        if own is None and not given:
             raise ValueError(
-                f"Adjoint method {tableau.name!r} is adaptive and the forward one is not: give it rtol and atol"
+                f"Adjoint method {method.name!r} is adaptive and the forward one is not: give it rtol and atol"
             )
         rtol = self.rtol if self.rtol is not None else own.rtol  # type: ignore[union-attr]
         atol = self.atol if self.atol is not None else own.atol  # type: ignore[union-attr]
         twice = [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in (rtol, atol)]
         tolerance = Tolerance(twice[0], twice[1], None if self.measure is None else self._of_halves)
-        return replace(problem, method=tableau, tolerance=tolerance, options=options)
+        return replace(problem, method=method, tolerance=tolerance, options=options)
 
     def _of_halves(self, error: Tensor, z: Tensor, z1: Tensor) -> Tensor | float:
         """`measure` of the joint state alone, [2 D]."""
@@ -158,9 +165,11 @@ def _solve_back(
     if found is not None:
         return found
     stepper: Stepper
-    quadratures: FusedAdjoint | _AdjointDynamics
+    quadratures: FusedAdjoint | NystromAdjoint | _AdjointDynamics
     if path.kernels:
         stepper = quadratures = _fused(problem, flow)
+    elif isinstance(problem.method, Nystrom):
+        stepper = quadratures = NystromAdjoint(problem.method, flow, states[0], problem.tolerance, Totals(flow))
     else:
         dynamics = quadratures = _AdjointDynamics(flow, problem.tableau, Totals(flow), states[0], objection is not None)
         like = torch.cat((states[0], states[0]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nesterov_triton.gradients.totals import Totals, accumulate
-from nesterov_triton.tableaus import Tableau
+from nesterov_triton.methods import Method
 
 
 class ParameterQuadratures:
@@ -28,7 +28,7 @@ class ParameterQuadratures:
         following: of an FSAL method those of the end of the step under way.
     """
 
-    def __init__(self, tableau: Tableau, totals: Totals, with_errors: bool = False) -> None:
+    def __init__(self, tableau: Method, totals: Totals, with_errors: bool = False) -> None:
         self.tableau, self.totals = tableau, totals
         self.weights = (tableau.b, *tableau.error) if with_errors else (tableau.b,)
         self.sums: list[list[Tensor]] = []

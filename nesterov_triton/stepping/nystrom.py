@@ -100,7 +100,7 @@ class Layout:
                     moments.append([(c.q or 0.0) + shift for c in at])
                 else:
                     moments.append([getattr(c, name) for c in at])
-        numbers = [x for row in moments for x in row] + self._plain_weights(gamma, h)
+        numbers = [x for row in moments for x in row] + self.weights(gamma, h)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def graph(self, times: Tensor, h: Tensor, gamma: Tensor | float, xi: Tensor | float) -> Tensor:
@@ -116,7 +116,7 @@ class Layout:
             moments.append(value.view(times.shape))
         return torch.cat([*moments, *(part.flatten(-2) for part in self._weights(gamma, h))], dim=-1)
 
-    def _plain_weights(self, gamma: float, h: float) -> list[float]:
+    def weights(self, gamma: float, h: float) -> list[float]:
         """As `_weights`, one after the other. Plain numbers: fewer than a hundred cost less than thirty operators."""
         method, s, width = self.method, self.method.stages, len(self.numbers.d)
         rate = gamma * h if self.gated else 0.5 * gamma * h
