@@ -82,7 +82,9 @@ def layer(case: Case, **options: Any) -> nt.nn.Layer:
     return nt.NODE(case.field, **options)
 
 
-def ours(case: Case, gradient: str = "discrete", loop: str = "auto", compiled: bool = False) -> Contender:
+def ours(
+    case: Case, gradient: nt.gradients.GradientLike = "discrete", loop: str = "auto", compiled: bool = False
+) -> Contender:
     if loop == "graph" and not case.h0.is_cuda:
         raise Absent("graphs need a CUDA device")
     if compiled and case.recurrence is not None:
@@ -296,6 +298,7 @@ FORWARD: dict[str, Callable[[Case], Contender]] = {
 }
 TRAIN: dict[str, Callable[[Case], Contender]] = {
     f"{OURS} eager, discrete": ours,
+    f"{OURS} eager, kept": lambda case: ours(case, nt.gradients.Discrete(recompute=False)),
     f"{OURS} eager, adjoint": lambda case: ours(case, "adjoint"),
     f"{OURS} eager, backprop": lambda case: ours(case, "backprop"),
     f"{OURS} compiled, discrete": lambda case: ours(case, compiled=True),

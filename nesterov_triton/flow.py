@@ -147,7 +147,7 @@ class Flow:
         """`_cut` in memory whose views are made once; the times, which the field is given, in memory of their own."""
         held = self._held.get(n)
         if held is None:
-            factors = wide[n:]
+            factors = wide[n:].clone()  # or a field's graph would see its times written to
             cut = self._cut(wide[:n], factors)
             self._held[n] = factors, cut
             return cut

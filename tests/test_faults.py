@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from support import Field, features, live_tensors
+from support import KEPT, Field, features, live_tensors
 
 import nesterov_triton as nt
 from nesterov_triton.stepping.scratch import SHELF
@@ -81,10 +81,15 @@ def until(field, times=TIMES, rtol=1e-3):
 
 SOLVERS = {
     "NODE discrete": layer(nt.NODE),
+    "NODE kept": layer(nt.NODE, gradient=KEPT),
+    "NODE kept fixed steps": layer(nt.NODE, gradient=KEPT, method="rk4", step_size=0.1),
     "NODE adjoint": layer(nt.NODE, gradient="adjoint"),
     "NODE fixed steps": layer(nt.NODE, method="rk4", step_size=0.2),
     "NODE device loop discrete": layer(nt.NODE, loop="graph"),
     "GNesterovNODE discrete": layer(nt.GNesterovNODE),
+    "GNesterovNODE kept": layer(nt.GNesterovNODE, gradient=KEPT),
+    "GNesterovNODE kept nystrom4": layer(nt.GNesterovNODE, gradient=KEPT, method="nystrom4"),
+    "GNesterovNODE adjoint nystrom4": layer(nt.GNesterovNODE, gradient="adjoint", method="nystrom4"),
     "GNesterovNODE adjoint": layer(nt.GNesterovNODE, gradient="adjoint"),
     "GNesterovNODE backprop": layer(nt.GNesterovNODE, gradient="backprop"),
     "GNesterovNODE device loop discrete": layer(nt.GNesterovNODE, loop="graph"),
@@ -163,8 +168,12 @@ def test_a_fault_at_a_random_call_of_either_pass(name, fault, few_objects):
 
 LEAKS = [
     "NODE device loop discrete",
+    "NODE kept fixed steps",
     "GNesterovNODE discrete",
+    "GNesterovNODE kept",
+    "GNesterovNODE kept nystrom4",
     "GNesterovNODE adjoint",
+    "GNesterovNODE adjoint nystrom4",
     "GNesterovNODE backprop",
     "odeint",
     "odeint rows",
@@ -180,8 +189,9 @@ class Held:
         self.tensor = tensor.detach()  # or a node that saves its own output would keep itself
 
 
+@pytest.mark.parametrize("backward", [True, False], ids=["back", "there only"])
 @pytest.mark.parametrize("name", LEAKS)
-def test_two_hundred_solves_leave_nothing_behind(name, few_objects):
+def test_two_hundred_solves_leave_nothing_behind(name, backward, few_objects):
     """No tensor, no graph, nothing that Python knows of."""
     field = Faulty()
     solve, h = SOLVERS[name](field, (1.0, 1.1, 1.2), 1e-1), features(3, 2).requires_grad_()
@@ -189,7 +199,10 @@ def test_two_hundred_solves_leave_nothing_behind(name, few_objects):
     def left(solves):
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
             for _ in range(solves):
-                solve(h).square().mean().backward()
+                loss = solve(h).square().mean()
+                if backward:
+                    loss.backward()
+        del loss
         gc.collect()
         held = sum(type(x) is Held for x in gc.get_objects())
         return live_tensors(), held, len(gc.get_objects())

@@ -13,15 +13,15 @@ is one state an accepted step, and one step's graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nesterov_triton import transforms
-from nesterov_triton.flow import Cotangents, Flow, Linearisation
+from nesterov_triton.flow import Cotangents, Flow, Linearisation, OpenState, StageTimes
 from nesterov_triton.gradients.device_sweep import DeviceSweep
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_sweep import FusedFirstOrderSweep, FusedMomentumSweep
@@ -32,35 +32,45 @@ from nesterov_triton.gradients.leaves import (
     check_parameters,
     refuse_unseen,
 )
-from nesterov_triton.gradients.nystrom_sweep import NystromSweep, given
+from nesterov_triton.gradients.nystrom_sweep import KeptNystrom, NystromSweep, given
 from nesterov_triton.gradients.on_device import declined, on_device
-from nesterov_triton.gradients.problem import Problem
+from nesterov_triton.gradients.problem import Problem, ways_between
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
 from nesterov_triton.status import Stats
 from nesterov_triton.stepping.dense_output import dense_output
+from nesterov_triton.stepping.explicit_rk import ExplicitRK, StageBuffer
 from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
 from nesterov_triton.stepping.loop import AcceptedStep, LoopOptions
 from nesterov_triton.stepping.scratch import SHELF
-from nesterov_triton.stepping.stepper import stage_times
+from nesterov_triton.stepping.stepper import Tolerance, stage_times
 from nesterov_triton.tableaus import Tableau
 
 
 @dataclass(frozen=True)
 class Discrete:
     """Gradient of the computed solution itself: exact to rounding, no error control and no rejected step in the
-    backward pass. Memory: one state for each accepted step. The default.
+    backward pass. The default.
+
+    Args:
+        recompute: in the backward pass the field is called again, step by step. Memory: one state for each accepted
+            step, and one step's graph; the field must give the same output for the same input (no dropout inside).
+            False keeps the field's graphs from the forward pass, for about a quarter less time: memory as that of a
+            network as deep as the accepted steps have evaluations. Steps are then taken in plain torch, by the eager
+            loop; torch.compile calls the field again all the same.
 
     Second derivatives (create_graph=True) are autograd's through the same steps, taken again with every operation kept.
-    The field must give the same output when it is called again with the same input (no dropout inside).
     """
+
+    recompute: bool = True
 
     def solve(self, problem: Problem) -> list[Tensor]:
         """The states at the requested times after the first, [D] each, with their graph."""
         rest = (*problem.scalars.values(), *problem.params)
-        states = _Discrete.apply(problem, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
+        keep = not self.recompute
+        states = _Discrete.apply(problem, keep, problem.z, problem.times, *rest)  # type: ignore[no-untyped-call]
         return list(states)
 
 
@@ -69,9 +79,15 @@ Spans = Sequence[tuple[float, float, tuple[int, ...]]]  # t, t1, and the request
 
 class _Discrete(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, problem: Problem, z: Tensor, times: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, problem: Problem, keep: bool, z: Tensor, times: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         tape: list[AcceptedStep] = []
-        states = forward(problem, problem.flow(), tape.append)
+        ctx.kept = None
+        if keep and not ways_between(problem.params):  # a graph behind parameters is cut off while a solve goes back
+            ctx.kept = kept = Kept(problem, _back_flow(problem, ctx.needs_input_grad))
+            states = forward(problem, kept.flow, kept.on_accept(tape), stepper=kept.stepper)
+            states = [z.clone() for z in states]  # or graphs would hold what holds them, and never go
+        else:
+            states = forward(problem, problem.flow(), tape.append)
         ctx.problem = problem
         ctx.spans = [(step.t, step.t1, step.outputs) for step in tape]
         # Saved as autograd saves: outputs without a reference cycle, parameters with a check that nobody changed them.
@@ -85,12 +101,18 @@ class _Discrete(torch.autograd.Function):
         check_parameters(problem)
         check_cotangents(cotangents)
         if torch.is_grad_enabled():
-            return (None, *_with_graph(problem, ctx.spans, cotangents))
+            return (None, None, *_with_graph(problem, ctx.spans, cotangents))
         starts = ctx.saved_tensors[-len(ctx.spans) :]
-        needs = ctx.needs_input_grad
-        n = len(problem.scalars)
-        flow = problem.flow_back(time_grads=needs[2], coefficient_grads=needs[2] or any(needs[3 : 3 + n]))
-        objection = "gradients with respect to times are wanted" if needs[2] else None
+        wants_times = ctx.needs_input_grad[3]
+        kept: Kept | None = ctx.kept
+        if kept is not None:  # once: its graphs go as they are used
+            ctx.kept = None
+            with problem.without_autocast():
+                adjoint, of_times, totals = kept.back(ctx.spans, starts, cotangents)
+            problem.stats.path_backward, problem.stats.loop_backward = problem.stats.path, problem.stats.loop
+            return None, None, adjoint, of_times if wants_times else None, *totals.scalars.values(), *totals.of_params()
+        flow = _back_flow(problem, ctx.needs_input_grad)
+        objection = "gradients with respect to times are wanted" if wants_times else None
         path = problem.backward_path(objection)
         try:
             with problem.without_autocast(), apart(flow.params):
@@ -100,7 +122,13 @@ class _Discrete(torch.autograd.Function):
         finally:
             problem.stats.nfe_backward += flow.network.evaluations
         adjoint, of_times, totals = found
-        return None, adjoint, of_times if needs[2] else None, *totals.scalars.values(), *totals.of_params()
+        return None, None, adjoint, of_times if wants_times else None, *totals.scalars.values(), *totals.of_params()
+
+
+def _back_flow(problem: Problem, needs: Sequence[bool]) -> Flow:
+    """For a backward pass that owes these of `_Discrete`'s arguments a gradient."""
+    n = len(problem.scalars)
+    return problem.flow_back(time_grads=needs[3], coefficient_grads=needs[3] or any(needs[4 : 4 + n]))
 
 
 def _with_graph(problem: Problem, spans: Spans, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -240,6 +268,130 @@ def _on_device(
     return found
 
 
+class Taken(NamedTuple):
+    """A step's stages: linearised, and their slopes, [s, D]."""
+
+    lins: list[Linearisation]
+    slopes: Tensor
+
+
+class Kept:
+    """Steps that keep the field's graphs on their way forward, and go back by them.
+
+    Attributes:
+        flow: the system, on leaves.
+        stepper: takes the steps.
+    """
+
+    def __init__(self, problem: Problem, flow: Flow) -> None:
+        self.flow, self._problem = flow, problem
+        method, times = problem.method, problem.times.tolist()
+        self._sweep: NystromSweep | ReverseSweep
+        self.stepper: KeptNystrom | _KeptRK
+        if isinstance(method, Nystrom):
+            self._sweep = NystromSweep(method, flow, times)
+            self.stepper = KeptNystrom(self._sweep, problem.z, problem.tolerance)
+        else:
+            self._sweep = ReverseSweep(method, flow, times, problem.edge)
+            dense = len(times) > 2 or problem.options.grid is not None
+            self.stepper = _KeptRK(method, flow, problem.z, problem.tolerance, dense, problem.edge)
+        self._taken: list[Any] = []
+
+    def on_accept(self, tape: list[AcceptedStep]) -> Callable[[AcceptedStep], None]:
+        """What appends a step to the tape, and keeps its graphs."""
+        times = self._problem.times.tolist()
+
+        def keep(step: AcceptedStep) -> None:
+            tape.append(step)
+            # A requested time at the end of a step, the last one apart, moves inside of it all the same.
+            moving = range(len(times) - 1) if self.flow.time_grads else ()
+            inside = any(times[k] != step.t1 or k in moving for k in step.outputs)
+            self._taken.append(self.stepper.taken(step, inside))
+
+        return keep
+
+    def back(self, spans: Spans, starts: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Cotangent:
+        """The sweep over the steps; once."""
+        sweep, adjoint = self._sweep, torch.zeros_like(starts[0])
+        for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
+            at_times = given(outputs, cotangents)
+            if isinstance(sweep, NystromSweep):
+                adjoint = sweep.transpose(self._taken.pop(), adjoint, at_times)
+            else:
+                adjoint = sweep.step(t, t1, z, adjoint, at_times, self._taken.pop())
+        if isinstance(sweep, NystromSweep):
+            adjoint = sweep.finish(adjoint)
+        else:
+            sweep.finish()
+        return adjoint, sweep.times, sweep.totals
+
+
+class _KeptRK(ExplicitRK):
+    """Steps whose stages are linearised, each in memory of its own."""
+
+    def __init__(
+        self,
+        tableau: Tableau,
+        flow: Flow,
+        like: Tensor,
+        tolerance: Tolerance | None,
+        dense: bool,
+        inside: torch.dtype | None,
+    ) -> None:
+        super().__init__(tableau, flow, flow.rows, like, tolerance, dense=dense, inside=inside)
+        self._flow, self._count = flow, self.dense.stages if dense else tableau.stages
+        self._between = None
+        self._slope = like  # of the state to go on from, where that is known
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.stages = self._buffer = StageBuffer(self._table, self._count, self._flow.rows, self._like)
+        _, self._values = empty_rows(self._count, self._flow.rows, self._like)
+        self._lins: dict[int, Linearisation] = {}
+
+    def step(self, t: float, t1: float, z: Tensor) -> Tensor:
+        """The state after one step from t to t1, [D], freshly allocated."""
+        first = (self._lins[0], self._slope) if self._has_first else None
+        self._fresh()
+        if first is not None:
+            self._lins[0] = first[0]
+            self._buffer.out(0).flat.copy_(first[1])
+        z1 = super().step(t, t1, z)
+        self._slope = self.stages.stage(0)  # for another try
+        return z1
+
+    def taken(self, step: AcceptedStep, inside: bool) -> Taken:
+        """The step just accepted; `inside` where requested states depend on all of its stages."""
+        if inside:
+            self._all_stages(step.t, step.t1, step.z)
+        lins, last = [self._lins[i] for i in range(len(self._lins))], self.tableau.stages - 1
+        if inside and self.tableau.fsal:  # the last stage then goes back twice, and a way back may use up the values
+            lins[last].network.retain = True
+            values = Row.of(lins[last].values.flat.clone(), self._flow.rows)
+            lins[last] = replace(lins[last], values=values)
+        return Taken(lins, self.stages.columns(len(lins)).t())
+
+    def accept(self) -> None:
+        """Go on from the state that the step just taken gave."""
+        last = self.tableau.stages - 1
+        self._has_first = self.tableau.fsal
+        if self.tableau.fsal:
+            self._lins, self._slope = {0: self._lins[last]}, self.stages.stage(last)
+        if self._estimates is not None:
+            self._estimates.accept()
+
+    def first_derivative(self, t: float, z: Tensor) -> Tensor:
+        """The right-hand side at the start, [D]; kept as the first stage."""
+        self._slope = super().first_derivative(t, z)
+        return self._slope
+
+    def _put(self, at: StageTimes, i: int, z: OpenState) -> None:
+        lin = self._flow.linearise(at, i, z, self._buffer.out(i), self._values[i])
+        if i <= 1:  # at every step: a field may use a tensor at some times only
+            check_leaves(self._flow, lin.network)
+        self._lins[i] = lin
+
+
 class Sweep(Protocol):
     """Transposed Runge-Kutta steps, last first.
 
@@ -283,11 +435,20 @@ class ReverseSweep:
         self._key: Hashable = None
         self._like = torch.empty(0)
 
-    def step(self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> Tensor:
+    def step(
+        self,
+        t: float,
+        t1: float,
+        z: Tensor,
+        adjoint: Tensor,
+        outputs: Sequence[tuple[int, Tensor]],
+        taken: Taken | None = None,
+    ) -> Tensor:
         """The cotangent of the state `z` at t, [D], from that of the state at t1 and those of requested states.
 
         Args:
             outputs: (index of the requested time in (t, t1], cotangent [D]).
+            taken: the step, where it need not be taken again.
         """
         flow, dt = self.flow, t1 - t
         # A requested time at the end of a step, the last one apart, moves inside the step all the same.
@@ -299,18 +460,9 @@ class ReverseSweep:
         times = stage_times(t, t1, step.nodes, self._edge)
         at = flow.at(times)
 
-        # Forward again, with the network's graph at every stage.
-        lins: list[Linearisation] = []
-        for i in range(step.stages):
-            state = flow.open(z) if i == 0 else step.states[i - 1]
-            if i > 0:
-                runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i], out=state.flat)
-            lin = flow.linearise(at, i, state, step.slopes[i], step.values[i])
-            if i == 0:  # at every step: a field may use a tensor at some times only
-                check_leaves(flow, lin.network)
-            lins.append(lin)
-
-        # And back.
+        if taken is None:
+            taken = self._take(at, z, step)
+        lins, slopes = taken.lins[: step.stages], taken.slopes[: step.stages]
         s = step.stages
         step.cotangents[s].flat.copy_(adjoint)
         for k, g in outputs:
@@ -324,7 +476,7 @@ class ReverseSweep:
             of_slope = step.of_slope
             torch.mv(step.later_cotangents[i], step.backward[i], out=of_slope.flat)
             if flow.time_grads:
-                moments += float(torch.dot(of_slope.flat, step.all_slopes[i]))
+                moments += float(torch.dot(of_slope.flat, slopes[i]))
             # Popped, so that the stage's graph goes when it has been used.
             found.append(flow.pullback(at, i, lins.pop(), of_slope, step.cotangents[i]))
             # At once: a stage's cotangents are as large as the network.
@@ -334,8 +486,21 @@ class ReverseSweep:
         of_times = self.totals.add_coefficients(times, found)
         if of_times is not None:
             of_dt = moments / dt + float(of_times @ of_times.new_tensor(step.nodes))
-            self._add_times(t1, of_times, of_dt, dt, inside, thetas, step.all_slopes)
+            self._add_times(t1, of_times, of_dt, dt, inside, thetas, slopes)
         return step.all_cotangents.sum(0)
+
+    def _take(self, at: StageTimes, z: Tensor, step: _Transpose) -> Taken:
+        """The step from z again, with the network's graph at every stage."""
+        flow, lins = self.flow, list[Linearisation]()
+        for i in range(step.stages):
+            state = flow.open(z) if i == 0 else step.states[i - 1]
+            if i > 0:
+                runge_kutta.combine(z, step.earlier_slopes[i], step.forward[i], out=state.flat)
+            lin = flow.linearise(at, i, state, step.slopes[i], step.values[i])
+            if i == 0:  # at every step: a field may use a tensor at some times only
+                check_leaves(flow, lin.network)
+            lins.append(lin)
+        return Taken(lins, step.all_slopes)
 
     def finish(self) -> None:
         """Every step has been taken: bring the totals up to date."""

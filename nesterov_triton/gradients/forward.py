@@ -22,24 +22,35 @@ from nesterov_triton.tableaus import Tableau
 
 
 def forward(
-    problem: Problem, flow: Flow, on_accept: OnAccept | None = None, *, differentiable: bool = False
+    problem: Problem,
+    flow: Flow,
+    on_accept: OnAccept | None = None,
+    *,
+    differentiable: bool = False,
+    stepper: Stepper | None = None,
 ) -> list[Tensor]:
     """The states, [D] each, at the requested times after the first; counts into the problem's stats.
+
+    Args:
+        differentiable: out of place, visible to autograd.
+        stepper: takes the steps, where it must be a certain one.
 
     Raises:
         SolveError: the last time was not reached.
     """
-    path = Path(False, "gradient='backprop' records every operation") if differentiable else problem.path()
+    own = "gradient='backprop' records every operation" if differentiable else ""
+    own = own or ("Discrete(recompute=False) keeps the field's graphs" if stepper is not None else "")
+    path = Path(False, own) if own else problem.path()
     problem.stats.path = str(path)
     progress = Progress()
     try:
-        if not differentiable:
+        if not own:
             states = _on_device(problem, flow, on_accept, progress)
             if states is not None:
                 return _checked(problem, states, progress)
         else:
-            problem.stats.loop = "eager: gradient='backprop' records every operation"
-        stepper = _stepper(problem, flow, path, differentiable)
+            problem.stats.loop = f"eager: {own}"
+        stepper = _stepper(problem, flow, path, differentiable) if stepper is None else stepper
         z = problem.z if differentiable else problem.z.detach()
         states = integrate(stepper, z, problem.times.tolist(), problem.options, progress, on_accept)
         if isinstance(stepper, ExplicitRK):

@@ -21,8 +21,9 @@ from nesterov_triton.force import Force, Linearisation
 from nesterov_triton.gradients.leaves import check_leaves
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.nystrom import Nystrom
-from nesterov_triton.stepping.nystrom import Layout, Numbers
-from nesterov_triton.stepping.stepper import stage_times
+from nesterov_triton.stepping.loop import AcceptedStep
+from nesterov_triton.stepping.nystrom import Layout, Numbers, NystromStepper
+from nesterov_triton.stepping.stepper import Tolerance, stage_times
 
 Outputs = Sequence[tuple[int, Tensor]]  # index of a requested time, cotangent [D]
 
@@ -83,13 +84,13 @@ class NystromSweep:
         (t, t1]; without what comes through the force at t, which the step before or `finish` adds."""
         step = _Step(self, t, t1, self._value)
         step.take(z, forward=True)
-        return self._transpose(step, adjoint, outputs)
+        return self.transpose(step, adjoint, outputs)
 
     def back(self, t: float, t1: float, z1: Tensor, adjoint: Tensor, outputs: Outputs) -> tuple[Tensor, Tensor]:
         """The same from the state at t1, by a method that is reversible; and the state at t, [D]."""
         step = _Step(self, t, t1, self._value)
         z = step.take(z1, forward=False)
-        return self._transpose(step, adjoint, outputs), z
+        return self.transpose(step, adjoint, outputs), z
 
     def checkpoint(self) -> Checkpoint:
         """All that was found so far, for `restore`."""
@@ -155,12 +156,45 @@ class NystromSweep:
             if g is not None:
                 self.totals.scalars[name] += g
 
-    def _transpose(self, step: _Step, adjoint: Tensor, outputs: Outputs) -> Tensor:
+    def transpose(self, step: _Step, adjoint: Tensor, outputs: Outputs) -> Tensor:
+        """As `forth_and_back`, for a step that has been taken."""
         if self._step is not None:
             self._step.counted()
         found, owed = step.transpose(adjoint, outputs, step.last if self._next is None else self._next, self._owed)
         self._next, self._value, self._owed, self._step = step.lins[0], step.columns[2], owed, step
         return found
+
+
+class KeptNystrom(NystromStepper):
+    """Steps that are taken once, for `NystromSweep.transpose`."""
+
+    def __init__(self, sweep: NystromSweep, like: Tensor, tolerance: Tolerance | None) -> None:
+        super().__init__(sweep.method, sweep.flow, like, tolerance)
+        self._sweep = sweep
+        self._lin: Linearisation | None = None
+
+    def first_derivative(self, t: float, z: Tensor) -> Tensor:
+        """The right-hand side at the start, [D]."""
+        slope = super().first_derivative(t, z)
+        self._first = None  # evaluated again, with its graph
+        return slope
+
+    def step(self, t: float, t1: float, z: Tensor) -> Tensor:
+        """The state after one step from t to t1, [D], freshly allocated."""
+        self._step = step = _Step(self._sweep, t, t1, None)
+        step.take(z, True, None if self._first is None or self._lin is None else (self._lin, self._first))
+        self._columns, self._rows, self._numbers = step.columns, step.columns.unbind(0), step.numbers
+        self._lin, self._first, self._z1 = step.lins[0], self._rows[2], step.end  # for another try
+        return step.end
+
+    def taken(self, step: AcceptedStep, inside: bool) -> _Step:
+        """The step just accepted."""
+        return self._step
+
+    def accept(self) -> None:
+        """Go on from the state that the step just taken gave."""
+        super().accept()
+        self._lin = self._step.last
 
 
 class _Step:
@@ -185,8 +219,9 @@ class _Step:
         self.of_weights: list[Tensor] = []
         self.last: Linearisation | None = None
 
-    def take(self, z: Tensor, forward: bool) -> Tensor:
-        """Take the step from `z` at its start, or back from `z` at its end; return the state at its start."""
+    def take(self, z: Tensor, forward: bool, first: tuple[Linearisation, Tensor] | None = None) -> Tensor:
+        """Take the step from `z` at its start, or back from `z` at its end; return the state at its start. `first` is
+        the force that it starts with, and its value, where that is known."""
         layout, method = self.layout, self.sweep.method
         s, n = method.stages, z.numel() // 2
         self.numbers = layout.cut(self.vector.to(z.device, z.dtype))
@@ -200,6 +235,7 @@ class _Step:
         # Each in memory of its own: the fields' graphs keep them.
         positions = [z.view(2, n)[0], *(z.new_empty(n) for _ in range(s - 1))]
         lins: list[Linearisation] = []
+        unchecked = True
         for i in range(s):
             if i > 0:
                 self._position(numbers, i, columns, momenta, gates, positions[i])
@@ -207,10 +243,14 @@ class _Step:
             if known:
                 assert self.value is not None
                 columns[2 + i].copy_(self.value)
+            elif i == 0 and first is not None:
+                lins.append(first[0])
+                columns[2].copy_(first[1])
             else:
                 lins.append(self.force.linearise(numbers.at, i, positions[i], columns[2 + i]))
-                if len(lins) == 1:  # at every step: a field may use a tensor at some times only
-                    check_leaves(self.flow, lins[0].network)
+                if unchecked:  # at every step: a field may use a tensor at some times only
+                    check_leaves(self.flow, lins[-1].network)
+                    unchecked = False
         own = columns[1:] if layout.gated else columns
         m1 = torch.mv(own.t(), numbers.momentum)
         if not forward:
