@@ -335,16 +335,18 @@ def test_fewer_evaluations_than_general_methods_for_the_same_error() -> None:
 # --- gradients
 
 
+def loss_of(xs: Tensor, ms: Tensor) -> Tensor:
+    weights = torch.linspace(0.5, 1.5, len(xs), dtype=torch.float64)[:, None, None]
+    return (xs * weights).square().sum() + ms.sin().sum()
+
+
 def gradient_of(
     flow: systems.Momentum, method: str, gradient: Any, t: Sequence[float], **options: Any
 ) -> tuple[Tensor, tuple[Tensor, ...], nt.Stats]:
     x, m = (s.clone().requires_grad_() for s in start())
     times = torch.tensor(t, dtype=torch.float64, requires_grad=True)
     solution = nt.solve(flow, (x, m), times, method=method, gradient=gradient, **options)
-    xs, ms = solution.ys
-    assert isinstance(xs, Tensor)
-    weights = torch.linspace(0.5, 1.5, len(t), dtype=torch.float64)[:, None, None]
-    loss = (xs * weights).square().sum() + ms.sin().sum()
+    loss = loss_of(*solution.ys)
     return loss.detach(), torch.autograd.grad(loss, [x, m, times, *flow.parameters()]), solution.stats
 
 

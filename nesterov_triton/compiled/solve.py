@@ -246,7 +246,9 @@ def _backward_plan(plan: Plan, gradient: Any) -> Plan:
     own = numbers(gradient)
     rtol, atol = plan.rtol if own[0] is None else own[0], plan.atol if own[1] is None else own[1]
     options = plan.options
-    if isinstance(plan.tableau, Nystrom) and None not in own:
+    if isinstance(plan.tableau, Nystrom) and options.step_size is not None and own != [None, None]:
+        if None in own:
+            raise RuntimeError(f"Adjoint method {plan.tableau.name!r} is to be adaptive: give it rtol and atol")
         options = replace(options, step_size=None)
     return Plan(plan.tableau, rtol, atol, options)
 

@@ -2,7 +2,7 @@
 
 With a = ∂L/∂z the adjoint of z' = F(t, z) is a' = -(∂F/∂z)ᵀ a. For the momentum family this is again a momentum system
 with the same damping, coupling and residual (Nguyen et al. 2022), and the transpose in `Flow.pullback` is its
-right-hand side.
+right-hand side; `nystrom_adjoint` solves it by the methods for such systems.
 The cotangents of parameters and scalars are quadratures: nothing depends on them, so they are summed over the accepted
 steps beside the solve and stay out of its error norm (Kidger, Chen, Lyons 2021, "Hey, that's not an ODE").
 """
@@ -44,7 +44,8 @@ class Adjoint:
 
     Args:
         rtol, atol: tolerances of the backward solve; None for the forward ones.
-        method: its method; None for the forward one. With fixed steps the forward step size is used.
+        method: its method; None for the forward one. A fixed-step method takes the forward step size; one for momentum
+            systems does where there is one and no tolerance is given here.
         quadratures_in_norm: let the parameters' quadratures take part in the error control of the backward solve, as
             torchdiffeq does unless told otherwise; the norm is then the larger of the state's and theirs.
         options: what its loop is told; None for what the forward loop is told.
@@ -84,7 +85,7 @@ class Adjoint:
 
         Raises:
             ValueError: a fixed-step method is asked for and the forward solve has no step size, or the reverse; or a
-                method that does not fit the system.
+                method that does not fit the system, or what is asked of it.
         """
         method, options = problem.method, problem.options if self.options is None else self.options
         if self.method is not None:
@@ -93,13 +94,15 @@ class Adjoint:
                 check(method, problem.system)
         elif isinstance(method, Nystrom) and self.quadratures_in_norm:
             method = methods.GENERAL
-        own, given = problem.tolerance, self.rtol is not None and self.atol is not None
+        if isinstance(method, Nystrom) and problem.inside:
+            raise ValueError(f"jumps of the field are not for Adjoint method {method.name!r}; take 'dopri5'")
+        own, given = problem.tolerance, [x for x in (self.rtol, self.atol) if x is not None]
         stepped = options.step_size is not None and isinstance(method, Nystrom) and not given
         if not method.adaptive or stepped:
             if options.step_size is None and self.options is None:
                 raise ValueError(f"Adjoint method {method.name!r} takes fixed steps: pass step_size to the solve")
             return replace(problem, method=method, tolerance=None, options=options)
-        if own is None and not given:
+        if own is None and len(given) < 2:
             raise ValueError(
                 f"Adjoint method {method.name!r} is adaptive and the forward one is not: give it rtol and atol"
             )
