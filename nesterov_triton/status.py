@@ -27,7 +27,8 @@ class Stats:
     Attributes:
         nfe_forward: evaluations of the field in the forward pass.
         nfe_backward: evaluations of the field, each with its vector-Jacobian product, in the backward pass; 0 until it
-            has run. Plain backpropagation evaluates nothing again: there it counts the vector-Jacobian products.
+            has run. Where nothing is evaluated again ("backprop", `Discrete(recompute=False)`), it counts the
+            vector-Jacobian products.
         accepted: accepted steps, forward.
         rejected: rejected steps, forward.
         method: the method's name.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ ADAPTIVE = ["dopri5", "tsit5", "bosh3", "adaptive_heun", "fehlberg2", "dopri8"]
 FIXED = ["euler", "midpoint", "rk4", "rk4_38"]
 METHODS = ADAPTIVE + FIXED
 KEPT = nt.gradients.Discrete(recompute=False)
-GRADIENTS = ["discrete", pytest.param(KEPT, id="kept"), "adjoint", "backprop"]
+GRADIENTS = ["discrete", KEPT, "adjoint", "backprop"]
 STRETCHED = nt.controllers.Integral(max_factor=1.3)
 
 

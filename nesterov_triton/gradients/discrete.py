@@ -107,7 +107,7 @@ class _Discrete(torch.autograd.Function):
         kept: Kept | None = ctx.kept
         if kept is not None:  # once: its graphs go as they are used
             ctx.kept = None
-            with problem.without_autocast():
+            with problem.without_autocast(), apart(kept.flow.params):
                 adjoint, of_times, totals = kept.back(ctx.spans, starts, cotangents)
             problem.stats.path_backward, problem.stats.loop_backward = problem.stats.path, problem.stats.loop
             return None, None, adjoint, of_times if wants_times else None, *totals.scalars.values(), *totals.of_params()
@@ -323,6 +323,7 @@ class Kept:
             adjoint = sweep.finish(adjoint)
         else:
             sweep.finish()
+        self._problem.stats.nfe_backward += sweep.products
         return adjoint, sweep.times, sweep.totals
 
 
@@ -424,7 +425,11 @@ def _sweep(kernels: bool, problem: Problem, flow: Flow, copies: bool) -> Sweep:
 
 
 class ReverseSweep:
-    """Transposed steps in plain torch; see `Sweep`."""
+    """Transposed steps in plain torch; see `Sweep`.
+
+    Attributes:
+        products: vector-Jacobian products of the field so far.
+    """
 
     def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float], inside: torch.dtype | None = None) -> None:
         self.tableau, self.flow, self.requested, self._edge = tableau, flow, times, inside
@@ -434,6 +439,7 @@ class ReverseSweep:
         self._transpose: _Transpose | None = None
         self._key: Hashable = None
         self._like = torch.empty(0)
+        self.products = 0
 
     def step(
         self,
@@ -479,6 +485,7 @@ class ReverseSweep:
                 moments += float(torch.dot(of_slope.flat, slopes[i]))
             # Popped, so that the stage's graph goes when it has been used.
             found.append(flow.pullback(at, i, lins.pop(), of_slope, step.cotangents[i]))
+            self.products += 1
             # At once: a stage's cotangents are as large as the network.
             accumulate(self.totals.params, found[-1].params)
             found[-1].params = ()

@@ -65,6 +65,7 @@ class NystromSweep:
         totals: the cotangents of parameters so far; of scalars once `finish` has been called.
         times: the cotangents of the requested times, likewise, [n] float64 on the CPU.
         counted: the steps whose numbers have cotangents.
+        products: vector-Jacobian products of the field so far.
     """
 
     def __init__(self, method: Nystrom, flow: Flow, requested: Sequence[float]) -> None:
@@ -73,6 +74,7 @@ class NystromSweep:
         self.totals = Totals(flow)
         self.times = torch.zeros(len(requested), dtype=torch.float64, device="cpu")
         self.counted: list[Counted] = []
+        self.products = 0
         # The first force of the step after the one in hand, and what that step gave it.
         self._next: Linearisation | None = None
         self._value: Tensor | None = None
@@ -361,6 +363,7 @@ class _Step:
     def pull(self, i: int, lin: Linearisation, c: Tensor) -> Tensor:
         """The cotangent of the position of force `i`, from the force's."""
         found = self.force.pullback(self.numbers.at, i, lin, c)
+        self.sweep.products += 1
         accumulate(self.sweep.totals.params, found.params)
         if self.wants_graph:
             for name, value in (("t", found.time), ("scale", found.scale), ("drive", found.drive), ("q", found.q)):
