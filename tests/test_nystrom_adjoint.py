@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from test_nystrom import CASES, REVERSIBLE, SYSTEMS, Waves, gradient_of, loss_of, start, system
+from test_nystrom import CASES, GATED, REVERSIBLE, SYSTEMS, Waves, gradient_of, loss_of, start, system
 from torch import Tensor, nn
 
 import nesterov_triton as nt
@@ -143,7 +143,9 @@ def test_evaluations_are_those_of_the_method() -> None:
     assert evaluations(tight, step_size=0.25) > 10 * 3
 
 
-@pytest.mark.parametrize(("method", "gate"), [(name, "identity") for name in METHODS])
+@pytest.mark.parametrize(
+    ("method", "gate"), [*((name, "identity") for name in METHODS), *((name, lambda m: m) for name in GATED)]
+)
 def test_the_cotangent_of_a_symmetric_force_moves_as_the_state_does(method: str, gate: Any) -> None:
     """For F = K x it is a = e^(γ (t - T)) (-m, x) if it was so at T; so is its error, and but for γ a its slope."""
     gamma, k = 0.7, torch.randn((4, 4), dtype=torch.float64)
@@ -254,6 +256,17 @@ def test_a_backward_solve_has_as_many_steps_as_the_forward_one() -> None:
     with pytest.raises(nt.SolveError, match="the adjoint's backward solve") as caught:
         solution.final[0].sum().backward()
     assert caught.value.status is nt.Status.MAX_STEPS
+
+
+def test_one_tolerance_after_fixed_steps_is_refused_by_the_tracer_too() -> None:
+    flow, (x, m), strategy = system("nesterov"), start(), gradients.Adjoint(rtol=1e-3)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x: Tensor) -> Any:
+        return nt.solve(flow, (x, m), (1.0, 2.0), method="nystrom4", step_size=0.25, gradient=strategy).final[0]
+
+    with pytest.raises(Exception, match="give it rtol and atol"):
+        run(x.requires_grad_())
 
 
 def adjoint(**options: Any) -> gradients.Adjoint:

@@ -7,7 +7,7 @@ each counted from the start of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -90,81 +90,39 @@ def attempt(
 def adjoint_attempt(
     method: Nystrom, parts: Parts, moments: Sequence[Moment], dt: Tensor, rows: Rows, first: Rows | None
 ) -> tuple[list[Rows], Rows, Rows]:
-    """As `attempt`, for the adjoint: see `gradients.nystrom_adjoint`."""
+    """As `attempt`, for the adjoint, which is a system of twice the size: see `gradients.nystrom_adjoint`."""
     x, m, a_x, a_m = rows
-    gated, back, gate = method.gated, parts.back, parts.gate
+    back, gate_x = parts.back, cast(Any, parts.gate)
     assert back is not None
-    gamma, h = _cast(parts.gamma, x), _cast(dt, x)
-    half = gamma * 0.5
-    if first is None:
-        first, moments = back(moments[0], x, a_m), moments[1:]
-    stages: list[Rows] = [first]
+    stages: list[Rows] = [] if first is None else [first]
 
-    def grown(part: float) -> Tensor:
+    def growth(part: float) -> Tensor:
         return _growth(parts.gamma, part, dt, x)
 
-    position, cotangent, end = x, a_m, grown(1.0 if gate is not None else 0.5)
-    if gate is None:
-        # Two systems, of damping γ and -γ, that share their forces.
-        mu = gamma * a_m - a_x
-        v, w = m + half * x, mu - half * a_m
-        driven, driving = [first[0] + half * half * x], [first[1] + half * half * a_m]
-        for i, moment in enumerate(moments, 1):
-            late, c = grown(0.5 * method.c[i]), method.c[i] * h
-            position = (x + c * v + (h * h) * _sum(driven, method.a[i])) / late
-            cotangent = (a_m + c * w + (h * h) * _sum(driving, method.a[i])) * late
-            stages.append(back(moment, position, cotangent))
-            driven.append((stages[-1][0] + half * half * position) * late)
-            driving.append((stages[-1][1] + half * half * cotangent) / late)
-        v1, w1 = v + h * _sum(driven, method.b), w + h * _sum(driving, method.b)
-        m1, a_x1 = v1 / end - half * position, half * cotangent - w1 * end
-        of_y, of_u = ((h * h) * _sum(x, method.error[0]) for x in (driven, driving))
-        of_v, of_w = (h * _sum(x, method.error[1]) for x in (driven, driving))
-        error = [of_y / end, (of_v - half * of_y) / end, (half * of_u - of_w) * end, of_u * end]
-    else:
-        assert gated is not None
-        gates: list[Tensor] = []
-        pulls: list[Tensor] = []
-        driven, driving = [first[0]], [-first[1]]
-        for i, moment in enumerate(moments, 1):
-            row, late = gated.w[i - 1], grown(method.c[i])
-            for q in range(len(gates), len(row)):
-                age = grown(gated.d[q])
-                value, pull, *_ = vjp(gate, (m + h * _sum(driven, gated.p[q])) / age)
-                (through,) = pull(a_x + h * _sum(driving, gated.p[q]))
-                gates.append(value)
-                pulls.append(through / age)
-            position = x + h * _sum(gates, row)
-            cotangent = (a_m - h * _sum(pulls, row)) * late
-            stages.append(back(moment, position, cotangent))
-            driven.append(stages[-1][0] * late)
-            driving.append(-stages[-1][1])
-        m1, a_x1 = (m + h * _sum(driven, method.b)) / end, a_x + h * _sum(driving, method.b)
-        early = [x / grown(c) for x, c in zip(driving, method.c, strict=True)]
-        of_y, of_v = (h * h) * _sum(driven, method.error[0]) / end, h * _sum(driven, method.error[1]) / end
-        error = [of_y, of_v, h * _sum(driving, method.error[1]), (h * h) * _sum(early, method.error[0]) * end]
-    new = [position, m1, a_x1, cotangent]
+    def force(moment: Moment, positions: Tensor) -> Tensor:
+        late = growth(method.c[len(stages)])  # forces come one after the other
+        stages.append(back(moment, positions[0], positions[1] * late))
+        value, of_x, *_ = stages[-1]
+        return torch.stack((value, of_x / late))
+
+    def gate(momenta: Tensor) -> Tensor:
+        value, pull, *_ = vjp(gate_x, momenta[0])
+        return torch.stack((value, *pull(momenta[1])))
+
+    def outwards(positions: Tensor, momenta: Tensor) -> list[Tensor]:
+        return [positions[0], momenta[0], -growth(1.0) * momenta[1], growth(1.0) * positions[1]]
+
+    twice = Parts(force, parts.gamma, None if gate_x is None else gate)
+    start = [torch.stack((x, a_m)), torch.stack((m, -a_x))]
+    known = None if first is None else torch.stack(tuple(first[:2]))
+    forces, new, error = attempt(method, twice, moments, dt, start, known)
     if parts.of_gamma is not None:
-        mean, k = _mean_of_gamma(parts, dt, rows, new, stages[0], stages[-1]), 2 + parts.of_gamma
+        points = torch.stack([torch.full_like(dt, point) for point, _ in POINTS])
+        positions, momenta = dense_output(twice, dt, start, new, forces[0][0], forces[-1][0], points)
+        products = [growth(point) * (positions[i, 1] * momenta[i, 0]).sum() for i, (point, _) in enumerate(POINTS)]
+        mean, k = _sum(products, [weight for _, weight in POINTS]).to(torch.float64), 2 + parts.of_gamma
         stages = [[*stage[:k], mean, *stage[k + 1 :]] for stage in stages]
-    return stages, new, error
-
-
-def _mean_of_gamma(parts: Parts, dt: Tensor, rows: Rows, new: Rows, first: Rows, last: Rows) -> Tensor:
-    """The mean of a_m · m over a step, from its dense output."""
-    points = torch.stack([torch.full_like(dt, p) for p, _ in POINTS])
-    momenta = dense_output(parts._replace(back=None), dt, rows[:2], new[:2], first[0], last[0], points)[1]
-    (_, m0, a_x0, a0), (_, m1, a_x1, a1) = rows, new
-    gamma = _cast(parts.gamma, m0)
-    if parts.gate is None:
-        pairs, other = ((a0, gamma * a0 - a_x0), (a1, gamma * a1 - a_x1)), Parts(None, -parts.gamma, None)
-        cotangents = dense_output(other, dt, *pairs, first[1], last[1], points)[0]
-    else:
-        through = [vjp(parts.gate, m)[1](a)[0] for m, a in ((m0, a_x0), (m1, a_x1))]
-        pairs = (a0, gamma * a0 - through[0]), (a1, gamma * a1 - through[1])
-        cotangents = dense_output(parts._replace(gate=torch.clone), dt, *pairs, a0, a1, points)[0]
-    products = [(a * m).sum() for a, m in zip(cotangents.unbind(0), momenta.unbind(0), strict=True)]
-    return _sum(products, [w for _, w in POINTS]).to(torch.float64)
+    return stages, outwards(*new), outwards(*error)
 
 
 def dense_output(

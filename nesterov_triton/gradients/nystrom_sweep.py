@@ -346,7 +346,7 @@ class _Step:
             pair = g.view(2, -1)
             given = weights.t() @ pair
             if self.wants_graph:
-                columns = torch.stack(layout.ends(x, m, self.columns[2], x1, m1, self.columns[-1]))
+                columns = torch.stack(layout.ends(gate, x, m, self.columns[2], x1, m1, self.columns[-1]))
                 self.inside.append((k, pair @ columns.t()))
             if layout.gated:
                 of_x, of_s, of_x1, of_s1, of_m, of_f, of_m1, of_f1 = given.unbind(0)

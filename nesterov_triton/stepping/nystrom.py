@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +100,7 @@ class Layout:
                     moments.append([(c.q or 0.0) + shift for c in at])
                 else:
                     moments.append([getattr(c, name) for c in at])
-        numbers = [x for row in moments for x in row] + self.weights(gamma, h)
+        numbers = [x for row in moments for x in row] + self._plain_weights(gamma, h)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def graph(self, times: Tensor, h: Tensor, gamma: Tensor | float, xi: Tensor | float) -> Tensor:
@@ -116,7 +116,7 @@ class Layout:
             moments.append(value.view(times.shape))
         return torch.cat([*moments, *(part.flatten(-2) for part in self._weights(gamma, h))], dim=-1)
 
-    def weights(self, gamma: float, h: float) -> list[float]:
+    def _plain_weights(self, gamma: float, h: float) -> list[float]:
         """As `_weights`, one after the other. Plain numbers: fewer than a hundred cost less than thirty operators."""
         method, s, width = self.method, self.method.stages, len(self.numbers.d)
         rate = gamma * h if self.gated else 0.5 * gamma * h
@@ -209,12 +209,11 @@ class Layout:
             (_from_y(y, s, h, half), _from_y([b - half * a for a, b in zip(y, v, strict=True)], s, h, half))
         )
 
-    def ends(self, x: Tensor, m: Tensor, force: Tensor, x1: Tensor, m1: Tensor, force1: Tensor) -> tuple[Tensor, ...]:
-        """The columns that `dense` weighs, from both ends of a step."""
-        if not self.gated:
-            return x, m, force, x1, m1, force1
-        gate = self.system.gate_x
-        return x, gate(m), x1, gate(m1), m, force, m1, force1
+    def ends(
+        self, gate: Callable[[Tensor], Tensor], x: Tensor, m: Tensor, f: Tensor, x1: Tensor, m1: Tensor, f1: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The columns that `dense` weighs, from positions, momenta and forces at both ends of a step."""
+        return (x, gate(m), x1, gate(m1), m, f, m1, f1) if self.gated else (x, m, f, x1, m1, f1)
 
     def cut(self, vector: Tensor) -> Numbers:
         """Its parts, as views."""
@@ -302,7 +301,6 @@ class NystromStepper:
         self.tableau, self.flow, self.tolerance, self.axis = method, flow, tolerance, axis
         self.layout, self.force = Layout(method, flow), Force(flow)
         self.differentiable = differentiable
-        self._gate = self.layout.system.gate_x
         self._first: Tensor | None = None  # the force at the state to go on from
         self._magnitudes: tuple[Tensor, Tensor] | None = None
         self._errors: Tensor | None = None
@@ -345,7 +343,7 @@ class NystromStepper:
         n, s = z.numel() // 2, self.tableau.stages
         self._columns[:2].copy_(z.view(2, n))
         if self._first is None:
-            self.force(numbers.at, 0, rows[0], out=rows[2])
+            self._force(numbers.at, 0, z.view(2, n)[0], out=rows[2])
         elif self._first is not rows[2]:
             rows[2].copy_(self._first)
         self._first = rows[2]
@@ -363,7 +361,7 @@ class NystromStepper:
                 torch.addmv(rows[0], self._nodes[first:end].t(), numbers.positions[i - 1], out=x)
             else:
                 torch.mv(self._known[i], numbers.positions[i - 1], out=x)
-            self.force(numbers.at, i, x, out=rows[2 + i])
+            self._force(numbers.at, i, x, out=rows[2 + i])
         torch.mv(self._momenta[s] if layout.gated else self._known[s], numbers.momentum, out=m1)
         return z1
 
@@ -417,21 +415,26 @@ class NystromStepper:
         assert tolerance is not None
         with torch.no_grad():
             z, z1 = z.detach(), z1.detach()
-            if self.differentiable:
-                numbers, forces = self._recorded
-                columns, rows = torch.stack([f.detach() for f in forces]).t(), numbers.error.detach()
-            else:
-                columns, rows = self._columns[2:].t(), self._numbers.error
-            if self._errors is None:
-                self._errors = z.new_empty((1, z.numel()))
-            for row, out in zip(rows, self._errors.view(2, -1), strict=True):
-                torch.mv(columns, row, out=out)
+            errors = self._estimate(z)
             if tolerance.measure is not None:
-                return float(tolerance.measure(self._errors[0], z, z1))
+                return float(tolerance.measure(errors[0], z, z1))
             if self._magnitudes is None:
                 self._magnitudes = (z.abs(), torch.empty_like(z))
             old, new = self._magnitudes
-            return error_norm(self._errors, torch.maximum(old, torch.abs(z1, out=new)), tolerance.rtol, tolerance.atol)
+            return error_norm(errors, torch.maximum(old, torch.abs(z1, out=new)), tolerance.rtol, tolerance.atol)
+
+    def _estimate(self, z: Tensor) -> Tensor:
+        """The embedded error of the step just taken from z, [1, D], in memory that the next step's uses again."""
+        if self.differentiable:
+            numbers, forces = self._recorded
+            columns, rows = torch.stack([f.detach() for f in forces]).t(), numbers.error.detach()
+        else:
+            columns, rows = self._columns[2:].t(), self._numbers.error
+        if self._errors is None:
+            self._errors = z.new_empty((1, z.numel()))
+        for row, out in zip(rows, self._errors.view(2, -1), strict=True):
+            torch.mv(columns, row, out=out)
+        return self._errors
 
     def witness(self, z1: Tensor) -> Tensor:
         """0-d, of the step just taken, to z1: finite only where z1 is."""
@@ -459,7 +462,7 @@ class NystromStepper:
         x, m = z.view(2, -1).unbind(0)
         x1, m1 = self._z1.view(2, -1).unbind(0)
         forces = self._forces()
-        columns = torch.stack(self.layout.ends(x, m, forces[0], x1, m1, forces[-1])).t()
+        columns = torch.stack(self.layout.ends(self._gate, x, m, forces[0], x1, m1, forces[-1])).t()
         gamma, _ = self._scalars()
         states = []
         for time, index in zip(times, indices, strict=True):
@@ -471,6 +474,14 @@ class NystromStepper:
             weights = self.layout.dense(theta, h, gamma).to(z.device, z.dtype)
             states.append(torch.cat([torch.mv(columns, row) for row in weights.unbind(0)]))
         return states
+
+    def _force(self, at: Moments, i: int, x: Tensor, out: Tensor) -> Tensor:
+        """The force at moment `i` and position `x`, written into `out`."""
+        return self.force(at, i, x, out)
+
+    def _gate(self, m: Tensor, out: Tensor | None = None) -> Tensor:
+        """σ_x of momenta, [..., N]; written into `out` if given."""
+        return self.layout.system.gate_x(m, out)
 
     def _forces(self) -> Sequence[Tensor]:
         return self._recorded[1] if self.differentiable else self._rows[2:]
