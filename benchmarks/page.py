@@ -227,7 +227,9 @@ def _sides(stored: Stored) -> str:
                 for own in names:
                     if ratios := table["ratios"].get(own):
                         peers |= dict.fromkeys(peer for peer in ratios if peer != "field alone")
-                        rows.append((case, machine.letter, own.removeprefix(f"{OURS} ").split(",")[0], ratios))
+                        rows.append(
+                            (case, machine.letter, own.removeprefix(f"{OURS} ").removesuffix(", discrete"), ratios)
+                        )
         if rows:
             head = ["case", "machine", "loop", "/ field alone", *peers]
             cells = [
@@ -240,7 +242,8 @@ def _sides(stored: Stored) -> str:
     return (
         "How many times this package's time a peer takes, and how many times the time of its own calls of the field "
         "this package takes: medians of the ratios within a round, dopri5, rtol = atol = 1e-5, float32, one thread. "
-        "Every answer was held against a tight float64 solution first.\n\n" + "\n\n".join(parts)
+        'Gradients are those of "discrete"; kept: of `Discrete(recompute=False)`. Every answer was held against a tight '
+        "float64 solution first.\n\n" + "\n\n".join(parts)
     )
 
 

@@ -57,7 +57,7 @@ class Discrete:
     Args:
         recompute: in the backward pass the field is called again, step by step. Memory: one state for each accepted
             step, and one step's graph; the field must give the same output for the same input (no dropout inside).
-            False keeps the field's graphs from the forward pass, for about a quarter less time: memory as that of a
+            False keeps the field's graphs from the forward pass, which saves their time: memory as that of a
             network as deep as the accepted steps have evaluations. Steps are then taken in plain torch, by the eager
             loop; torch.compile calls the field again all the same.
 
