@@ -411,8 +411,7 @@ def off(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 @pytest.mark.parametrize("t", [(1.0, 1.5, 2.0), (2.0, 1.0)], ids=["forwards", "backwards"])
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_the_adjoint_by_the_same_method_converges_with_its_order(name: str, method: str, t: tuple[float, ...]) -> None:
-    """To the gradients of backpropagation through dopri8 at 1e-12: of states, times, parameters, ξ, and γ, whose
-    quadrature is of order 5."""
+    """To the gradients of backpropagation through dopri8 at 1e-12: of states, times, parameters, ξ and γ."""
     flow = system(name)
     _, truth, _ = gradient_of(flow, "dopri8", "backprop", t, rtol=1e-12, atol=1e-12)
     errors = []
