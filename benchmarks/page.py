@@ -242,8 +242,8 @@ def _sides(stored: Stored) -> str:
     return (
         "How many times this package's time a peer takes, and how many times the time of its own calls of the field "
         "this package takes: medians of the ratios within a round, dopri5, rtol = atol = 1e-5, float32, one thread. "
-        'Gradients are those of "discrete"; kept: of `Discrete(recompute=False)`. Every answer was held against a tight '
-        "float64 solution first.\n\n" + "\n\n".join(parts)
+        'Gradients are those of "discrete"; kept: of `Discrete(recompute=False)`. Every answer was held against a '
+        "tight float64 solution first.\n\n" + "\n\n".join(parts)
     )
 
 

@@ -456,6 +456,15 @@ def test_fewer_evaluations_of_both_passes_for_the_same_error_of_the_adjoint_grad
     assert math.exp(sum(map(math.log, ratios)) / len(ratios)) < 0.75
 
 
+@pytest.mark.parametrize("end", [500.0, -500.0])
+@pytest.mark.parametrize("gate", [None, "tanh"])
+def test_a_step_too_long_for_the_exponential_is_not_finite(gate: str | None, end: float) -> None:
+    flow = systems.Momentum(lambda t, x: -x, damping=3.0, **({} if gate is None else {"gate_x": gate}))
+    with pytest.raises(nt.SolveError) as raised:
+        nt.solve(flow, start(), (0.0, end), method="nystrom4", step_size=500.0)
+    assert raised.value.status is nt.Status.NON_FINITE
+
+
 def test_an_adjoint_that_fails_says_where() -> None:
     flow, state = system("gnesterov"), start()
     x, m = (s.clone().requires_grad_() for s in state)

@@ -25,7 +25,7 @@ from nesterov_triton.gradients.quadratures import ParameterQuadratures
 from nesterov_triton.gradients.totals import Totals
 from nesterov_triton.nystrom import POINTS, Nystrom
 from nesterov_triton.stepping.loop import AcceptedStep
-from nesterov_triton.stepping.nystrom import NystromStepper
+from nesterov_triton.stepping.nystrom import FARTHEST, NystromStepper
 from nesterov_triton.stepping.stepper import Tolerance, stage_times
 
 
@@ -73,7 +73,7 @@ class NystromAdjoint(NystromStepper):
 
     def _begin(self, h: float) -> None:
         gamma, _ = self.flow.numbers
-        self._growth = [math.exp(gamma * c * h) for c in self.tableau.c]
+        self._growth = [math.exp(min(gamma * c * h, FARTHEST)) for c in self.tableau.c]
         self._quadratures.begin()
 
     def _force(self, at: Moments, i: int, x: Tensor, out: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from nesterov_triton.stepping.explicit_rk import error_norm
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.systems import Momentum
 
+FARTHEST = 700.0  # e to this power is a float64 still; a longer step ends as one that is not finite
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -119,6 +121,8 @@ class Layout:
     def _plain_weights(self, gamma: float, h: float) -> list[float]:
         """As `_weights`, one after the other. Plain numbers: fewer than a hundred cost less than thirty operators."""
         method, s, width = self.method, self.method.stages, len(self.numbers.d)
+        if not abs(gamma * h) <= FARTHEST:
+            return [math.nan] * sum(math.prod(shape) for shape in self.shapes[len(self.moments) :])
         rate = gamma * h if self.gated else 0.5 * gamma * h
         late = [math.exp(rate * c) for c in method.c]  # 1 / decay
         end, gated, found = 1 / late[-1], method.gated, list[float]()
