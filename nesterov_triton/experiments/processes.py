@@ -1,5 +1,6 @@
 """One process, or the several that ``torchrun`` starts: the same training, each batch split between them."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,4 +98,5 @@ def processes(device: str) -> Iterator[Processes]:
     try:
         yield Processes(device, distributed.get_rank(), distributed.get_world_size())
     finally:
+        gc.collect()  # a failed run's network, held by its traceback, would outlive the group that it talks through
         distributed.destroy_process_group()
