@@ -97,6 +97,7 @@ class Nystrom:
     reversible: bool = False
 
     adaptive = True
+    interpolant = ((1.0,),)  # of a loop on the device: the fraction of the step, from which the weights are made
     controller = "pi"  # a tenth fewer evaluations than with the integral one, whose rejections cost all of them
 
     def __post_init__(self) -> None:
@@ -123,6 +124,11 @@ class Nystrom:
     def fsal(self) -> bool:
         """First same as last: always."""
         return True
+
+    @property
+    def all_c(self) -> tuple[float, ...]:
+        """The nodes, of which dense output needs no more."""
+        return self.c
 
     def __reduce__(self) -> tuple[object, ...]:
         return _registered, (self.name,)

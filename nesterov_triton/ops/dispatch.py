@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nesterov_triton.nystrom import METHODS, Nystrom
 from nesterov_triton.tableaus import TABLEAUS, Tableau
 
 SWITCH = "NESTEROV_TRITON_KERNELS"  # in the environment: 0 for plain torch, whatever the device
@@ -90,15 +91,21 @@ def as_operator() -> bool:
     return torch.compiler.is_compiling() or torch.is_grad_enabled()
 
 
-def method_name(tableau: Tableau) -> str:
+def is_registered(method: Tableau | Nystrom) -> bool:
+    """Whether the method is the one of its name in `tableaus.TABLEAUS` or `nystrom.METHODS`."""
+    return (METHODS if isinstance(method, Nystrom) else TABLEAUS).get(method.name) is method
+
+
+def method_name(method: Tableau | Nystrom) -> str:
     """What an operator's schema calls a method.
 
     Raises:
-        ValueError: the tableau is not in `tableaus.TABLEAUS`; a schema has no place for one.
+        ValueError: it is not registered; a schema has no place for one.
     """
-    if TABLEAUS.get(tableau.name) is not tableau:
-        raise ValueError(f"tableau {tableau.name!r} is not registered in tableaus.TABLEAUS, so no operator can name it")
-    return tableau.name
+    if not is_registered(method):
+        kind, where = ("method", "nystrom.METHODS") if isinstance(method, Nystrom) else ("tableau", "tableaus.TABLEAUS")
+        raise ValueError(f"{kind} {method.name!r} is not registered in {where}, so no operator can name it")
+    return method.name
 
 
 def check_rows(like: Tensor, size: int, **rows: Tensor | Sequence[Tensor] | None) -> None:

@@ -10,10 +10,8 @@ where G = F + γ²/4 x: with it y'' = e^(γ t / 2) G for y = e^(γ t / 2) x. The
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,43 +21,12 @@ from nesterov_triton.flow import Flow
 from nesterov_triton.force import Force, Moments
 from nesterov_triton.gates import Identity
 from nesterov_triton.nystrom import Gated, Nystrom
+from nesterov_triton.ops.nystrom.reference import hermite, table, weights_for
 from nesterov_triton.stepping.explicit_rk import error_norm
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.systems import Momentum
 
 FARTHEST = 700.0  # e to this power is a float64 still; a longer step ends as one that is not finite
-
-
-@dataclass(frozen=True)
-class Constants:
-    """A method's numbers, float64 on the CPU."""
-
-    c: Tensor  # [s]
-    a: Tensor  # [s, s], the last row too
-    b: Tensor  # [s]
-    error: Tensor  # [2, s]
-    d: Tensor  # [n]
-    p: Tensor  # [n, s]
-    w: Tensor  # [s - 1, n]
-
-
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def constants(method: Nystrom) -> Constants:
-    """Made once, and never written to."""
-    s = method.stages
-
-    def matrix(rows: Sequence[Sequence[float]], width: int) -> Tensor:
-        padded = [[*row, *(0.0,) * (width - len(row))] for row in rows]
-        made = torch.tensor(padded, dtype=torch.float64, device="cpu").reshape(len(rows), width)
-        return transforms.plain(made)
-
-    gated = method.gated
-    d, p, w = ((), (), ()) if gated is None else (gated.d, gated.p, gated.w)
-    return Constants(
-        matrix([method.c], s)[0], matrix(method.a, s), matrix([method.b], s)[0], matrix(method.error, s),
-        matrix([d], len(d))[0], matrix(p, s), matrix(w, len(d)),
-    )  # fmt: skip
 
 
 class Layout:
@@ -78,9 +45,8 @@ class Layout:
         system = flow.system
         assert isinstance(system, Momentum)
         self.method, self.flow, self.system = method, flow, system
-        self.numbers = constants(method)
         self.gated = not isinstance(system.gate_x, Identity)
-        s, n = method.stages, len(self.numbers.d)
+        s, n = method.stages, 0 if method.gated is None else len(method.gated.d)
         self.nodes = n if self.gated else 0
         # Without a gate γ²/4 joins q.
         self.has_q = system.exact or system.residual or (system.damped and not self.gated)
@@ -102,7 +68,7 @@ class Layout:
                     moments.append([(c.q or 0.0) + shift for c in at])
                 else:
                     moments.append([getattr(c, name) for c in at])
-        numbers = [x for row in moments for x in row] + self._plain_weights(gamma, h)
+        numbers = [x for row in moments for x in row] + self.weights(gamma, h)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def graph(self, times: Tensor, h: Tensor, gamma: Tensor | float, xi: Tensor | float) -> Tensor:
@@ -116,11 +82,12 @@ class Layout:
                 if not self.gated:
                     value = value + gamma * gamma / 4
             moments.append(value.view(times.shape))
-        return torch.cat([*moments, *(part.flatten(-2) for part in self._weights(gamma, h))], dim=-1)
+        weights = weights_for(table(self.method, self.gated, h.device), h, gamma, self.gated)
+        return torch.cat([*moments, weights], dim=-1)
 
-    def _plain_weights(self, gamma: float, h: float) -> list[float]:
-        """As `_weights`, one after the other. Plain numbers: fewer than a hundred cost less than thirty operators."""
-        method, s, width = self.method, self.method.stages, len(self.numbers.d)
+    def weights(self, gamma: float, h: float) -> list[float]:
+        """As `weights_for`. Plain numbers: about a hundred cost less than twenty operators."""
+        method, s, width = self.method, self.method.stages, self.nodes
         if not abs(gamma * h) <= FARTHEST:
             return [math.nan] * sum(math.prod(shape) for shape in self.shapes[len(self.moments) :])
         rate = gamma * h if self.gated else 0.5 * gamma * h
@@ -151,67 +118,9 @@ class Layout:
             *(h * m - half * square * x for x, m in zip(own_x, own_m, strict=True)),
         ]
 
-    def _weights(self, gamma: Tensor | float, h: Tensor) -> list[Tensor]:
-        k, by_row, by_entry = self.numbers, h[..., None], h[..., None, None]
-        if self.gated:
-            late = torch.exp(k.c * (gamma * by_row))  # 1 / decay
-            nodes = torch.exp(k.d * (-gamma * by_row))
-            end = 1 / late[..., -1:]
-            driven = k.p * (nodes.unsqueeze(-1) * late.unsqueeze(-2)) * by_entry
-            paths = torch.cat((nodes.unsqueeze(-1), driven), dim=-1)
-            last = torch.cat((end, k.b * late * (end * by_row)), dim=-1)
-            own = k.error * (late * end).unsqueeze(-2)
-            error = own * torch.stack((h * h, h), dim=-1).unsqueeze(-1)
-            return [torch.cat((paths, last.unsqueeze(-2)), dim=-2), k.w * by_entry, error]
-        half = gamma * 0.5
-        late = torch.exp(k.c * (half * by_row))
-        decay = 1 / late
-        end = decay[..., -1:]
-        square = by_row * by_row
-        of_forces = k.a[1:] * (decay[..., 1:, None] * late.unsqueeze(-2)) * square.unsqueeze(-1)
-        drift = torch.stack((1 + k.c * (half * by_row), k.c * by_row), dim=-1) * decay.unsqueeze(-1)
-        positions = torch.cat((drift[..., 1:, :], of_forces), dim=-1)
-        forces = k.b * late * (end * by_row) - of_forces[..., -1, :] * half
-        momentum = torch.cat((-end * half * half * by_row, end * (1 - half * by_row), forces), dim=-1)
-        own = k.error * (late * end).unsqueeze(-2)
-        of_y = own[..., 0, :] * square
-        error = torch.stack((of_y, own[..., 1, :] * by_row - of_y * half), dim=-2)
-        return [torch.cat((positions, momentum.unsqueeze(-2)), dim=-2), error]
-
     def dense(self, theta: Tensor | float, h: Tensor | float, gamma: Tensor | float) -> Tensor:
         """The weights of x and m at the fraction θ of a step, [2, ·], of what `ends` gives; at n of them [2, ·, n]."""
-        s = torch.as_tensor(theta, dtype=torch.float64, device="cpu")
-        if self.gated:
-            r = 1 - s
-            values = (r * r * (1 + 2 * s), s * s * (3 - 2 * s))
-            slopes = (s * r * r * h, -s * s * r * h)
-            nothing = s * 0.0
-            x = (values[0], slopes[0], values[1], slopes[1], nothing, nothing, nothing, nothing)
-            m = (nothing, nothing, nothing, nothing, values[0] - slopes[0] * gamma, slopes[0],
-                 values[1] - slopes[1] * gamma, slopes[1])  # fmt: skip
-            return torch.stack((torch.stack(x), torch.stack(m)))
-        half = gamma * 0.5
-        # Quintic Hermite in y, and its derivative.
-        s2, s3, s4, s5 = s * s, s**3, s**4, s**5
-        y = (
-            1 - 10 * s3 + 15 * s4 - 6 * s5,
-            (s - 6 * s3 + 8 * s4 - 3 * s5) * h,
-            (s2 - 3 * s3 + 3 * s4 - s5) * (0.5 * h * h),
-            10 * s3 - 15 * s4 + 6 * s5,
-            (-4 * s3 + 7 * s4 - 3 * s5) * h,
-            (s3 - 2 * s4 + s5) * (0.5 * h * h),
-        )
-        v = (
-            (-30 * s2 + 60 * s3 - 30 * s4) / h,
-            1 - 18 * s2 + 32 * s3 - 15 * s4,
-            (2 * s - 9 * s2 + 12 * s3 - 5 * s4) * (0.5 * h),
-            (30 * s2 - 60 * s3 + 30 * s4) / h,
-            -12 * s2 + 28 * s3 - 15 * s4,
-            (3 * s2 - 8 * s3 + 5 * s4) * (0.5 * h),
-        )
-        return torch.stack(
-            (_from_y(y, s, h, half), _from_y([b - half * a for a, b in zip(y, v, strict=True)], s, h, half))
-        )
+        return hermite(torch.as_tensor(theta, dtype=torch.float64, device="cpu"), h, gamma, self.gated)
 
     def ends(
         self, gate: Callable[[Tensor], Tensor], x: Tensor, m: Tensor, f: Tensor, x1: Tensor, m1: Tensor, f1: Tensor
@@ -229,15 +138,6 @@ class Layout:
         nothing = (None,) * self.method.stages
         at = Moments(named["t"], *(named.get(name, nothing) for name in ("scale", "drive", "q")))
         return Numbers(at, parts[len(self.moments) : -1], parts[-1], self)
-
-
-def _from_y(weights: Sequence[Tensor], s: Tensor, h: Tensor | float, half: Tensor | float) -> Tensor:
-    """Weights of (x, m, G) at both ends from those of (y, v, y'') there, with the decay since then."""
-    out = []
-    for (of_y, of_v, of_g), age in ((weights[:3], s), (weights[3:], s - 1)):
-        decay = torch.exp(-(half * h) * age)
-        out += [(of_y + of_v * half) * decay, of_v * decay, of_g * decay]
-    return torch.stack(out)
 
 
 def nodes_of(gated: Gated) -> list[tuple[int, int, int]]:

@@ -1,0 +1,162 @@
+"""A step by the methods of `nesterov_triton.nystrom` on blocks, shared by its kernels, and the two small kernels that
+make its weights on the device."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nesterov_triton.nystrom import Nystrom
+from nesterov_triton.ops.momentum.kernel import coefficient
+from nesterov_triton.ops.nystrom.reference import table
+from nesterov_triton.ops.runge_kutta.kernel import start, stored
+
+# The quintics that are 1 in one of y, y', y'' at one end of [0, 1] and 0 in the other five, the constant part first.
+QUINTICS = tl.constexpr((
+    (1.0, 0.0, 0.0, -10.0, 15.0, -6.0), (0.0, 1.0, 0.0, -6.0, 8.0, -3.0), (0.0, 0.0, 0.5, -1.5, 1.5, -0.5),
+    (0.0, 0.0, 0.0, 10.0, -15.0, 6.0), (0.0, 0.0, 0.0, -4.0, 7.0, -3.0), (0.0, 0.0, 0.0, 0.5, -1.0, 0.5),
+))  # fmt: skip
+
+
+@triton.jit
+def combined(columns, weights_ptr, like, ROW: tl.constexpr):
+    """`like` + Σ_j weight_j columns[j], over the row's columns; see `reference.Row`."""
+    total = like
+    for j in tl.static_range(len(ROW[1])):
+        if ROW[1][j]:
+            total += tl.load(weights_ptr + (ROW[0] + j)).to(like.dtype) * columns[j]
+    return total
+
+
+@triton.jit
+def position(
+    x, m, forces, weights_ptr,
+    STAGE: tl.constexpr, POSITIONS: tl.constexpr, PATHS: tl.constexpr, gate_x: tl.constexpr, BOUND_X: tl.constexpr,
+):  # fmt: skip
+    """X_STAGE, a block, from those of x, m and F_0 … F_STAGE-1, by the rows of a `reference.Plan`.
+
+    What the same kernel asks for twice the compiler forms once, as long as nothing is stored in between; and what is
+    asked for and not weighed it leaves out."""
+    found = x
+    if STAGE > 0:
+        columns = (x, m) + forces
+        if len(PATHS) > 0:
+            gates = ()
+            for q in tl.static_range(len(POSITIONS[STAGE - 1][1])):
+                momentum = combined(columns, weights_ptr, tl.zeros_like(x), PATHS[q])
+                gates = gates + (gate_x(momentum, BOUND_X),)
+            found = combined(gates, weights_ptr, x, POSITIONS[STAGE - 1])
+        else:
+            found = combined(columns, weights_ptr, tl.zeros_like(x), POSITIONS[STAGE - 1])
+    return found
+
+
+@triton.jit
+def linear(coefficients_ptr, STAGE: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr):
+    """What X_STAGE is multiplied by in the force."""
+    q = coefficient(coefficients_ptr, STAGE, 2, WIDE)
+    if not GATED:
+        minus_gamma = coefficient(coefficients_ptr, STAGE, 3, WIDE)
+        q += minus_gamma * minus_gamma * 0.25
+    return q
+
+
+@triton.jit
+def force(
+    u, at, coefficients_ptr,
+    STAGE: tl.constexpr, GATED: tl.constexpr, gate_f: tl.constexpr, BOUND_F: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """F_STAGE, a block, from the field's output and X_STAGE; rounded to DTYPE, as later kernels will read it."""
+    drive = coefficient(coefficients_ptr, STAGE, 1, u.dtype)
+    return stored(drive * gate_f(u, BOUND_F) + linear(coefficients_ptr, STAGE, GATED, u.dtype) * at, DTYPE)
+
+
+@triton.jit
+def step_weights_kernel(table_ptr, dt_ptr, coefficients_ptr, weights_ptr, GATED: tl.constexpr, SIZE: tl.constexpr,
+                        LANES: tl.constexpr):  # fmt: skip
+    """One program; see `reference.weights_for`. The damping is in the first of the rows (κ, s, q, -γ)."""
+    lanes = tl.arange(0, LANES).to(tl.int64)
+    mask = lanes < SIZE
+    h = tl.load(dt_ptr)
+    r = -tl.load(coefficients_ptr + 3)
+    if not GATED:
+        r = r * 0.5
+    g = r * h
+    powers = (h * 0.0 + 1.0, h, h * h, g, g * h, r * g)
+    total = tl.zeros([LANES], tl.float64)
+    for k in tl.static_range(len(powers)):
+        total += tl.load(table_ptr + (k + 1) * SIZE + lanes, mask=mask, other=0.0) * powers[k]
+    age = tl.load(table_ptr + lanes, mask=mask, other=0.0)
+    tl.store(weights_ptr + lanes, tl.exp(-age * g) * total, mask=mask)
+
+
+def launch_step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool) -> Tensor:
+    """As `ops.nystrom.step_weights`, by the kernel."""
+    numbers = table(method, gated, dt.device)
+    size = numbers.shape[1]
+    weights = dt.new_empty(size)
+    start(
+        step_weights_kernel, 1, numbers, dt, coefficients, weights, gated, size, triton.next_power_of_2(size),
+        num_warps=4,
+    )  # fmt: skip
+    return weights
+
+
+@triton.jit
+def quintic(s, K: tl.constexpr):
+    """The K-th of `QUINTICS` at s, and its derivative there."""
+    value, rate = tl.zeros_like(s), tl.zeros_like(s)
+    for k in tl.static_range(6):
+        rate = rate * s + value
+        value = value * s + QUINTICS[K][5 - k]
+    return value, rate
+
+
+# Not specialised: neither 1 nor any other number of times gets a kernel of its own.
+@triton.jit(do_not_specialize=["times"])
+def dense_weights_kernel(theta_ptr, dt_ptr, coefficients_ptr, weights_ptr, times, GATED: tl.constexpr,
+                         LANES: tl.constexpr):  # fmt: skip
+    """A block of times; see `reference.hermite`."""
+    lanes = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    mask = lanes < times
+    s = tl.load(theta_ptr + lanes, mask=mask, other=0.0)
+    h, gamma = tl.load(dt_ptr), -tl.load(coefficients_ptr + 3)
+    if GATED:
+        of_x, of_m = weights_ptr + lanes * 16, weights_ptr + lanes * 16 + 12
+        for end in tl.static_range(2):
+            late = s if end == 0 else 1.0 - s  # counted from this end
+            early = 1.0 - late
+            value, slope = early * early * (1.0 + 2.0 * late), late * early * early * (h if end == 0 else -h)
+            tl.store(of_x + 2 * end, value, mask=mask)
+            tl.store(of_x + 2 * end + 1, slope, mask=mask)
+            tl.store(of_m + 2 * end, value - slope * gamma, mask=mask)
+            tl.store(of_m + 2 * end + 1, slope, mask=mask)
+            tl.store(of_x + 4 + 2 * end, s * 0.0, mask=mask)
+            tl.store(of_x + 5 + 2 * end, s * 0.0, mask=mask)
+            tl.store(of_m - 4 + 2 * end, s * 0.0, mask=mask)
+            tl.store(of_m - 3 + 2 * end, s * 0.0, mask=mask)
+    else:
+        half = gamma * 0.5
+        for end in tl.static_range(2):
+            y, dy = quintic(s, 3 * end)
+            v, dv = quintic(s, 3 * end + 1)
+            a, da = quintic(s, 3 * end + 2)
+            decay = tl.exp(-half * h * (s - end))
+            for part in tl.static_range(2):
+                of_y, of_v, of_a = y, v * h, a * (h * h)
+                if part == 1:
+                    of_y, of_v, of_a = dy / h - half * of_y, dv - half * of_v, da * h - half * of_a
+                place = weights_ptr + lanes * 12 + (6 * part + 3 * end)
+                tl.store(place, (of_y + of_v * half) * decay, mask=mask)
+                tl.store(place + 1, of_v * decay, mask=mask)
+                tl.store(place + 2, of_a * decay, mask=mask)
+
+
+def launch_dense_weights(theta: Tensor, dt: Tensor, coefficients: Tensor, gated: bool) -> Tensor:
+    """As `ops.nystrom.dense_weights`, by the kernel."""
+    times, lanes = len(theta), 64
+    weights = dt.new_empty((times, 2, 8 if gated else 6))
+    programs = triton.cdiv(times, lanes)
+    start(dense_weights_kernel, programs, theta, dt, coefficients, weights, times, gated, lanes, num_warps=2)
+    return weights

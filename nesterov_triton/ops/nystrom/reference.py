@@ -1,0 +1,210 @@
+"""Torch reference of a step by the methods of `nesterov_triton.nystrom`: its weights, and what they make of columns.
+
+Shapes: N is the number of elements of h; columns are [N], in the dtype that is computed in. Forces are those of
+`force.Force`, with γ²/4 x in them where the momentum has no gate.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nesterov_triton import transforms
+from nesterov_triton.gates import Gate
+from nesterov_triton.nystrom import Nystrom
+
+Row = tuple[int, tuple[bool, ...]]  # where the weight of the first column is, and which columns have one
+
+
+class Plan(NamedTuple):
+    """Where in a step's weights are those of each of its combinations. Columns are x, m, F_0, F_1, … unless said.
+
+    Attributes:
+        positions: rows of X_1 to X_s-1; with a gate over σ_x(M_0), σ_x(M_1), …, and x is added.
+        paths: with a gate, rows of M_0, M_1, …; none without.
+        momentum: of m at the end.
+        error: of its estimates, of x and of m.
+    """
+
+    positions: tuple[Row, ...]
+    paths: tuple[Row, ...]
+    momentum: Row
+    error: tuple[Row, Row]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the momentum has a gate."""
+        return bool(self.paths)
+
+
+Terms = tuple[float, ...]  # of a weight: its age, and its factors of 1, h, h², g, g h and r g; see `weights_for`
+
+
+def _terms(method: Nystrom, gated: bool) -> list[list[Terms]]:
+    """Of all weights, row by row. Where the momentum has a gate these are rows of M_0, M_1, … and of m at the end, over
+    m and the forces; of X_1 to X_s-1, over the nodes; of the errors, over the forces. Without one: of X_1 to X_s-1 and
+    of m at the end, over x, m and the forces; of the errors."""
+    s, c, (y, v), rows = method.stages, method.c, method.error, list[list[Terms]]()
+
+    def put(width: int, *weights: Terms) -> None:
+        padded = [*weights, *((),) * (width - len(weights))]
+        rows.append([(*weight, *(0.0,) * (7 - len(weight))) for weight in padded])
+
+    if gated:
+        assert method.gated is not None
+        for d, row in zip(method.gated.d, method.gated.p, strict=True):
+            put(s + 1, (d, 1.0), *((d - age, 0.0, p) for age, p in zip(c, row, strict=False)))
+        put(s + 1, (1.0, 1.0), *((1.0 - age, 0.0, b) for age, b in zip(c, method.b, strict=True)))
+        for row in method.gated.w:
+            put(len(method.gated.d), *((0.0, 0.0, w) for w in row))
+    else:
+        for d, row in zip(c[1:], method.a[1:], strict=True):
+            forces = ((d - age, 0.0, 0.0, a) for age, a in zip(c, row, strict=False))
+            put(s + 2, (d, 1.0, 0.0, 0.0, d), (d, 0.0, d), *forces)
+        both = zip(c, method.b, (*method.a[-1], 0.0), strict=True)
+        kicks = ((1.0 - age, 0.0, b, 0.0, 0.0, -a) for age, b, a in both)
+        put(s + 2, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0), (1.0, 1.0, 0.0, 0.0, -1.0), *kicks)
+    put(s, *((1.0 - age, 0.0, 0.0, of_y) for age, of_y in zip(c, y, strict=True)))
+    both = zip(c, v, y, strict=True)
+    put(s, *((1.0 - age, 0.0, of_v, 0.0, 0.0, 0.0 if gated else -of_y) for age, of_v, of_y in both))
+    return rows
+
+
+@functools.cache
+def plan_of(method: Nystrom, gated: bool) -> Plan:
+    """Where the weights of `table` are."""
+    terms = _terms(method, gated)
+    starts = [0, *itertools.accumulate(map(len, terms))]
+
+    def row(k: int, missing: int) -> Row:
+        """The k-th, without the first columns, so many."""
+        used = [any(weight[1:]) for weight in terms[k]]
+        until = max(j for j, one in enumerate(used) if one) + 1
+        return starts[k] - missing, (*(False,) * missing, *used[:until])
+
+    n, last = len(method.gated.d) if gated and method.gated else 0, method.stages - 1
+    momentum = n if gated else last
+    first = n + 1 if gated else 0
+    return Plan(
+        tuple(row(first + i, 0) for i in range(last)), tuple(row(q, 1) for q in range(n)), row(momentum, int(gated)),
+        (row(len(terms) - 2, 2), row(len(terms) - 1, 2)),
+    )  # fmt: skip
+
+
+def size_of(method: Nystrom, gated: bool) -> int:
+    """How many weights a step has."""
+    s, n = method.stages, len(method.gated.d) if method.gated else 0
+    return (n + 1) * (s + 1) + (s - 1) * n + 2 * s if gated else s * (s + 4)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def table(method: Nystrom, gated: bool, device: torch.device) -> Tensor:
+    """What a step's weights are made of, [7, size] float64: one column each. Made once, and never written to."""
+    columns = [weight for row in _terms(method, gated) for weight in row]
+    return transforms.plain(torch.tensor(columns, dtype=torch.float64, device="cpu").t().contiguous().to(device))
+
+
+def weights_for(table: Tensor, h: Tensor, gamma: Tensor | float, gated: bool) -> Tensor:
+    """A step's weights, [..., size] float64, for its size h and the damping γ, [...] float64 on the device of `table`.
+
+    Each is  e^(-age g) (k_1 + k_h h + k_h² h² + k_g g + k_gh g h + k_rg r g)  with g = r h, r = γ where the momentum
+    has a gate, γ/2 without.
+    """
+    r = torch.as_tensor(gamma if gated else gamma * 0.5, dtype=torch.float64, device=h.device).expand_as(h)
+    g = r * h
+    age, *factors = table.unbind(0)
+    powers = (torch.ones_like(h), h, h * h, g, g * h, r * g)
+    total = sum(k * power.unsqueeze(-1) for k, power in zip(factors, powers, strict=True))
+    return torch.exp(-age * g.unsqueeze(-1)) * total
+
+
+def hermite(theta: Tensor, h: Tensor | float, gamma: Tensor | float, gated: bool) -> Tensor:
+    """The weights of x and m at the fractions θ of a step, [2, ·, ...] for θ [...], float64: of x, σ_x(m), x_1,
+    σ_x(m_1), m, F, m_1, F_1 where the momentum has a gate, of x, m, F, x_1, m_1, F_1 without; 1 is the step's end."""
+    s = theta
+    if gated:
+        r = 1 - s
+        values = (r * r * (1 + 2 * s), s * s * (3 - 2 * s))
+        slopes = (s * r * r * h, -s * s * r * h)
+        nothing = s * 0.0
+        x = (values[0], slopes[0], values[1], slopes[1], nothing, nothing, nothing, nothing)
+        m = (nothing, nothing, nothing, nothing, values[0] - slopes[0] * gamma, slopes[0],
+             values[1] - slopes[1] * gamma, slopes[1])  # fmt: skip
+        return torch.stack((torch.stack(x), torch.stack(m)))
+    half = gamma * 0.5
+    # Quintic Hermite in y, and its derivative.
+    s2, s3, s4, s5 = s * s, s**3, s**4, s**5
+    y = (
+        1 - 10 * s3 + 15 * s4 - 6 * s5,
+        (s - 6 * s3 + 8 * s4 - 3 * s5) * h,
+        (s2 - 3 * s3 + 3 * s4 - s5) * (0.5 * h * h),
+        10 * s3 - 15 * s4 + 6 * s5,
+        (-4 * s3 + 7 * s4 - 3 * s5) * h,
+        (s3 - 2 * s4 + s5) * (0.5 * h * h),
+    )
+    v = (
+        (-30 * s2 + 60 * s3 - 30 * s4) / h,
+        1 - 18 * s2 + 32 * s3 - 15 * s4,
+        (2 * s - 9 * s2 + 12 * s3 - 5 * s4) * (0.5 * h),
+        (30 * s2 - 60 * s3 + 30 * s4) / h,
+        -12 * s2 + 28 * s3 - 15 * s4,
+        (3 * s2 - 8 * s3 + 5 * s4) * (0.5 * h),
+    )
+    of_m = [b - half * a for a, b in zip(y, v, strict=True)]
+    return torch.stack((_from_y(y, s, h, half), _from_y(of_m, s, h, half)))
+
+
+def _from_y(weights: Sequence[Tensor], s: Tensor, h: Tensor | float, half: Tensor | float) -> Tensor:
+    """Weights of (x, m, G) at both ends from those of (y, v, y'') there, with the decay since then."""
+    out = []
+    for (of_y, of_v, of_g), age in ((weights[:3], s), (weights[3:], s - 1)):
+        decay = torch.exp(-(half * h) * age)
+        out += [(of_y + of_v * half) * decay, of_v * decay, of_g * decay]
+    return torch.stack(out)
+
+
+def combined(columns: Sequence[Tensor], weights: Tensor, row: Row) -> Tensor:
+    """Σ_j weight_j columns_j, [N], over the row's columns."""
+    first, used = row
+    total = torch.zeros_like(columns[0])
+    for j, column in enumerate(columns[: len(used)]):
+        if used[j]:
+            total = total + weights[first + j] * column
+    return total
+
+
+def position(i: int, x: Tensor, m: Tensor, forces: Sequence[Tensor], weights: Tensor, plan: Plan, gate: Gate) -> Tensor:
+    """X_i from x, m and F_0 … F_i-1, [N] each; `weights` in their dtype, `gate` σ_x."""
+    if i == 0:
+        return x
+    columns, row = (x, m, *forces), plan.positions[i - 1]
+    if not plan.gated:
+        return combined(columns, weights, row)
+    return x + combined([gate(combined(columns, weights, path)) for path in plan.paths[: len(row[1])]], weights, row)
+
+
+def linear(coefficients: Tensor, gated: bool) -> Tensor:
+    """What x is multiplied by in the force, of each of the rows (κ, s, q, -γ), [s, 4]."""
+    _, _, q, minus_gamma = coefficients.unbind(1)
+    return q if gated else q + 0.25 * minus_gamma * minus_gamma
+
+
+def force(u: Tensor, at: Tensor, i: int, coefficients: Tensor, gated: bool, gate: Gate) -> Tensor:
+    """F_i from the field's output and X_i, [N] each; `coefficients` in their dtype, `gate` σ_f."""
+    return coefficients[i, 1] * gate(u.reshape(-1).to(at.dtype)) + linear(coefficients, gated)[i] * at
+
+
+def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool) -> Tensor:
+    """See `ops.nystrom.step_weights`."""
+    return weights_for(table(method, gated, dt.device), dt[0], -coefficients[0, 3], gated)
+
+
+def dense_weights(theta: Tensor, dt: Tensor, coefficients: Tensor, gated: bool) -> Tensor:
+    """See `ops.nystrom.dense_weights`."""
+    return hermite(theta, dt[0], -coefficients[0, 3], gated).permute(2, 0, 1).contiguous()

@@ -1,0 +1,280 @@
+"""The kernels of the methods of `nystrom` against their torch references, and these against the eager stepper."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from kernel_support import (
+    DEVICE,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    HARDTANH,
+    IDENTITY,
+    KERNELS,
+    ODD,
+    REFERENCES,
+    SOFTCLIP,
+    TANH,
+    all_close,
+    close,
+    close_norms,
+    nodes_of,
+    normal,
+    rows_of,
+    scalar,
+)
+
+from nesterov_triton import gates
+from nesterov_triton.nystrom import METHODS
+from nesterov_triton.ops import dispatch, nystrom_dense_output, nystrom_finish, nystrom_stage
+from nesterov_triton.ops.nystrom import kernel, reference
+from nesterov_triton.ops.nystrom.reference import plan_of
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+SIZES = (1025, 1, 7, 517)
+NYSTROM4, NYSTROM6 = METHODS["nystrom4"], METHODS["nystrom6"]
+GATES = ((SOFTCLIP, SOFTCLIP), (IDENTITY, HARDTANH), (HARDTANH, TANH), (ODD, IDENTITY), (IDENTITY, IDENTITY))
+OPERATORS = ("nystrom_stage", "nystrom_finish", "nystrom_dense_output")
+
+
+def weights_of(method, gated, h=0.3, gamma=0.7):
+    """Those of a step: compensating errors of weights drawn at random would be none."""
+    number = torch.tensor(h, dtype=F64)
+    return reference.weights_for(reference.table(method, gated, number.device), number, gamma, gated).to(DEVICE)
+
+
+def arguments(method, forces, n, dtype, gated, output=True):
+    """output, z, forces, coefficients, weights."""
+    u = normal(n, dtype=dtype) * 3 if output else None
+    c = torch.rand(method.stages, 4, dtype=F64).to(DEVICE) * 2 - 1
+    known = [normal(n, dtype=dtype) for _ in range(forces)]
+    return u, normal(2 * n, dtype=dtype) * 3, known, c, weights_of(method, gated)
+
+
+def able(method, pair):
+    return method.gated is not None or pair[0] is IDENTITY
+
+
+def cases():
+    """Every method with every gate, each with one dtype and size; of nystrom4 every dtype with every gate."""
+    k = 0
+    for method, pair in itertools.product(METHODS.values(), GATES):
+        for dtype in DTYPES if method is NYSTROM4 else DTYPES[k % 4 : k % 4 + 1]:
+            if able(method, pair):
+                yield method, pair, dtype, SIZES[k % 4]
+                k += 1
+
+
+CASES = pytest.mark.parametrize(("method", "pair", "dtype", "n"), list(cases()))
+
+
+# --- values
+
+
+@CASES
+def test_stage(method, pair, dtype, n):
+    for forces in range(method.stages):
+        for output, ahead in ((True, True), (True, False), (False, True)):
+            if forces + output + ahead <= method.stages:
+                given = (*arguments(method, forces, n, dtype, pair[0] is not IDENTITY, output), method, *pair, ahead)
+                all_close(KERNELS["nystrom_stage"](*given), REFERENCES["nystrom_stage"](*given))
+
+
+@CASES
+def test_finish(method, pair, dtype, n):
+    for adaptive in (True, False):
+        tensors = arguments(method, method.stages - 1, n, dtype, pair[0] is not IDENTITY)
+        given = (*tensors, scalar(1e-2), scalar(1e-3), method, *pair, adaptive)
+        actual, expected = KERNELS["nystrom_finish"](*given), REFERENCES["nystrom_finish"](*given)
+        all_close(actual[:2], expected[:2])
+        close_norms(actual.error, expected.error, dtype)
+        assert (expected.error > 0) == adaptive
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("gate", "dtype", "n"), [*zip((IDENTITY, SOFTCLIP, HARDTANH, IDENTITY), DTYPES, SIZES, strict=True)]
+)
+def test_dense_output(gate, dtype, n, times):
+    z, end = (normal(2 * n, dtype=dtype) for _ in range(2))
+    force, end_force = (normal(n, dtype=dtype) for _ in range(2))
+    theta = torch.linspace(0.1, 0.9, times, dtype=F64, device=DEVICE)
+    gated = gate is not IDENTITY
+    weights = reference.dense_weights(theta, scalar([0.3]), scalar([[1.0, 1.0, 0.0, -0.7]]), gated)
+    given = (z, force, end, end_force, weights, gate)
+    close(KERNELS["nystrom_dense_output"](*given), REFERENCES["nystrom_dense_output"](*given))
+    if times:
+        out = [torch.zeros(times, 2 * n, dtype=dtype, device=DEVICE) for _ in range(2)]
+        span = torch.tensor([times - 1, 1], device=DEVICE)  # the last one alone
+        for run, memory in zip((KERNELS, REFERENCES), out, strict=True):
+            run["nystrom_dense_output"](*given, memory, span)
+        close(*out)
+        assert [bool(row.any()) for row in out[0]] == [False] * (times - 1) + [True]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.7])
+@pytest.mark.parametrize("gated", [True, False])
+def test_weights(gated, gamma):
+    dt, coefficients = scalar([-0.3]), scalar([[1.0, 1.0, 0.0, -gamma]] * 2)
+    for method in METHODS.values():
+        if gated <= (method.gated is not None):
+            actual = kernel.launch_step_weights(dt, coefficients, method, gated)
+            expected = reference.step_weights(dt, coefficients, method, gated)
+            torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-16)
+            assert len(actual) == reference.size_of(method, gated)
+    theta = torch.rand(100, dtype=F64).to(DEVICE)
+    actual = kernel.launch_dense_weights(theta, dt, coefficients, gated)
+    torch.testing.assert_close(actual, reference.dense_weights(theta, dt, coefficients, gated), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_what_a_plan_leaves_out_is_zero(method, gated):
+    """Whatever the step size and the damping; and what it takes in has a weight."""
+    if gated and method.gated is None:
+        return
+    plan, weights = plan_of(method, gated), weights_of(method, gated)
+    held = torch.zeros(len(weights), dtype=torch.bool)
+    for first, used in (*plan.positions, *plan.paths, plan.momentum, *plan.error):
+        for j, one in enumerate(used):
+            if one:
+                assert not held[first + j]
+                held[first + j] = True
+    assert torch.equal(held, weights.cpu() != 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_values_that_are_not_finite_are_seen(bad, adaptive):
+    """In the field's last output and in a force; in a block's last element."""
+    for place in ("output", "force"):
+        u, z, forces, c, weights = arguments(NYSTROM4, 3, 1025, F32, True)
+        {"output": u, "force": forces[1]}[place][-1] = bad
+        given = (u, z, forces, c, weights, scalar(1e-3), scalar(1e-3), NYSTROM4, ODD, IDENTITY, adaptive)
+        for run in (KERNELS, REFERENCES):
+            assert not torch.isfinite(run["nystrom_finish"](*given).error), place
+
+
+def test_empty_state():
+    for run in (KERNELS, REFERENCES):
+        given = arguments(NYSTROM4, 3, 0, F32, True)
+        done = run["nystrom_finish"](*given, scalar(1.0), scalar(1.0), NYSTROM4, ODD, ODD, True)
+        assert [x.numel() for x in done] == [0, 0, 1]
+        assert done.error == 0
+        u, z, forces, *rest = given
+        done = run["nystrom_stage"](u, z, forces[:1], *rest, NYSTROM4, ODD, ODD, True)
+        assert [x.numel() for x in done] == [0, 0]
+
+
+# --- the operators
+
+
+def operator_cases():
+    """(operator, arguments) as registered."""
+    form = (*gates.kernel_form(ODD), *gates.kernel_form(IDENTITY))
+    u, z, forces, c, weights = arguments(NYSTROM4, 3, 65, F32, True)
+    yield nystrom_stage._operator, (u, z, forces[:1], c, weights, "nystrom4", *form, True)
+    yield nystrom_stage._operator, (u, z, forces[:1], c, weights, "nystrom4", *form, False)
+    yield nystrom_stage._operator, (None, z, forces, c, weights, "nystrom4", *form, True)
+    yield nystrom_finish._operator, (u, z, forces, c, weights, c[0, 0], c[0, 1], "nystrom4", *form, True)
+    dense = torch.rand(3, 2, 8, dtype=F64, device=DEVICE)
+    yield nystrom_dense_output._operator, (z, u, z + 1, u, dense, *form[:2])
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_operators_are_registered_as_torch_wants(k):
+    operator, given = list(operator_cases())[k]
+    torch.library.opcheck(operator, given)
+
+
+def calls():
+    """The public functions on one set of arguments, by name."""
+    u, z, forces, c, weights = arguments(NYSTROM4, 3, 65, F32, True)
+    tol, dense = scalar(1e-3), torch.rand(3, 2, 8, dtype=F64, device=DEVICE)
+    gates = SOFTCLIP, SOFTCLIP
+    return {
+        "nystrom_stage": lambda x: nystrom_stage.nystrom_stage(x, z, forces[:2], c, weights, NYSTROM4, *gates),
+        "nystrom_finish": lambda x: nystrom_finish.nystrom_finish(x, z, forces, c, weights, tol, tol, NYSTROM4, *gates),
+        "nystrom_dense_output": lambda x: nystrom_dense_output.nystrom_dense_output(z, x, z, x, dense, SOFTCLIP),
+    }, u
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_is_one_node_of_a_compiled_graph(name):
+    functions, u = calls()
+    with torch.no_grad():
+        expected = rows_of(functions[name](u))
+        nodes, results = nodes_of(functions[name], u)
+    for actual in results:
+        assert all(map(torch.equal, actual, expected))
+    assert nodes == [f"nesterov_triton.{name}.default"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_backward_through_an_operator_raises(name):
+    functions, u = calls()
+    first = rows_of(functions[name](u.requires_grad_()))[0]
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.sum().backward()
+
+
+def test_a_gate_without_a_triton_form_takes_the_reference():
+    u, z, forces, c, weights = arguments(NYSTROM4, 3, 5, F64, True)
+    own, tol = gates.get(torch.tanh), scalar(1e-3)
+    done = [nystrom_stage.nystrom_stage(u, z, forces[:1], c, weights, NYSTROM4, g, g).h for g in (own, TANH)]
+    torch.testing.assert_close(*done)
+    done = [nystrom_finish.nystrom_finish(u, z, forces, c, weights, tol, tol, NYSTROM4, g, g).z for g in (own, TANH)]
+    torch.testing.assert_close(*done)
+    dense = torch.rand(3, 2, 8, dtype=F64, device=DEVICE)
+    done = [nystrom_dense_output.nystrom_dense_output(z, u, z, u, dense, g) for g in (own, TANH)]
+    torch.testing.assert_close(*done)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": torch.zeros(4)}, "output must be contiguous, of 5 elements"),
+        ({"output": torch.zeros(5, dtype=F64)}, r"output must be contiguous, of 5 elements, torch\.float32"),
+        ({"forces": [torch.zeros(10)[::2]]}, r"strides \(2,\)"),
+        ({"forces": [torch.zeros(5)] * 3}, "1 stages after the first 4 of nystrom4, which has 4"),
+        ({"output": None, "ahead": False}, "0 stages after the first 1"),
+        ({"coefficients": torch.zeros(2, 4)}, r"coefficients must have shape \(3, 4\) or more rows"),
+        ({"weights": torch.zeros(5)}, r"weights must have shape \(61,\)"),
+        ({"weights": torch.zeros(61, dtype=F16)}, "weights must be contiguous float32 or float64"),
+    ],
+)
+def test_arguments_that_a_kernel_would_misread_are_refused(change, message):
+    given = {
+        "output": torch.zeros(5),
+        "z": torch.zeros(10),
+        "forces": [torch.zeros(5)],
+        "coefficients": torch.zeros(4, 4),
+        "weights": torch.zeros(61),
+        "method": NYSTROM4,
+        "gate_x": SOFTCLIP,
+        "gate_f": SOFTCLIP,
+    }
+    with pytest.raises(ValueError, match=message):
+        nystrom_stage.nystrom_stage(**(given | change))
+
+
+def test_other_arguments_that_a_kernel_would_misread_are_refused():
+    x, z, c, tol = torch.zeros(5), torch.zeros(10), torch.zeros(4, 4), torch.tensor(0.1)
+    rest = (NYSTROM4, SOFTCLIP, SOFTCLIP)
+    with pytest.raises(ValueError, match="2 forces and an output for nystrom4, which has 4 stages"):
+        nystrom_finish.nystrom_finish(x, z, [x, x], c, torch.zeros(61), tol, tol, *rest)
+    with pytest.raises(ValueError, match=r"weights must have shape \(61,\)"):
+        nystrom_finish.nystrom_finish(x, z, [x, x, x], c, torch.zeros(60), tol, tol, *rest)
+    with pytest.raises(ValueError, match=r"weights must have shape \(times, 2, 8\), got \(1, 2, 6\)"):
+        nystrom_dense_output.nystrom_dense_output(z, x, z, x, torch.zeros(1, 2, 6), SOFTCLIP)
+    with pytest.raises(ValueError, match="end_force must be contiguous, of 5 elements"):
+        nystrom_dense_output.nystrom_dense_output(z, x, z, z, torch.zeros(1, 2, 8), SOFTCLIP)
+
+
+def test_on_a_cpu_the_reference_runs_and_on_a_cuda_device_the_kernel():
+    for name in OPERATORS:
+        chosen = dispatch.implementation(name, torch.zeros(1, device=DEVICE))
+        assert chosen is (REFERENCES if DEVICE == "cpu" else KERNELS)[name]
