@@ -45,6 +45,7 @@ class Packet(NamedTuple):
     t: Sequence[Tensor]  # the stage times, 0-d in the state's dtype
     coefficients: Tensor  # rows (κ, s, q, -γ), [s, 4] float64; [s, 0] for a first-order system
     dt: Tensor  # the step size, [1] float64
+    weights: Tensor | None = None  # of a method of `nystrom`, float64; None where they are to be made on the device
 
 
 @dataclass
@@ -156,8 +157,9 @@ class Flow:
             factors.copy_(wide[n:])
         return StageTimes(wide[:n].unbind(0), cut.scale, cut.drive, cut.linear)
 
-    def packet(self, times: Sequence[float], dt: float) -> Packet:
-        """The same for the kernels, at `times` and for the step size `dt`; one transfer, and no launch.
+    def packet(self, times: Sequence[float], dt: float, weights: Sequence[float] = ()) -> Packet:
+        """The same for the kernels, at `times`, for the step size `dt`, with these weights; one transfer, and no
+        launch.
 
         Without a wait either: CUDA has staged pageable memory by the time that the call returns.
         """
@@ -167,7 +169,7 @@ class Flow:
                 scale, drive = 1.0 if c.scale is None else c.scale, system.sign if c.drive is None else c.drive
                 rows += (scale, drive, c.q or 0.0, c.minus_gamma or 0.0)
         n, width = len(times), 4 if rows else 0
-        wide = torch.tensor([*rows, dt, *times], dtype=torch.float64, device="cpu")
+        wide = torch.tensor([*rows, dt, *weights, *times], dtype=torch.float64, device="cpu")
         if self.dtype == torch.float64:
             wide = wide.to(self.device, non_blocking=True)
             narrow = wide[-n:]
@@ -177,7 +179,8 @@ class Flow:
             packed = packed.to(self.device, non_blocking=True)
             wide, narrow = packed[:end].view(torch.float64), packed[end:].view(self.dtype)
         k = n * width
-        return Packet(narrow.unbind(0), wide[:k].view(n, width), wide[k : k + 1])
+        own = wide[k + 1 : k + 1 + len(weights)] if weights else None
+        return Packet(narrow.unbind(0), wide[:k].view(n, width), wide[k : k + 1], own)
 
     @property
     def readable(self) -> bool:

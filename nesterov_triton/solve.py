@@ -99,9 +99,8 @@ class Settings:
     loop: Loop = "auto"
     measure: Measure | None = None  # as in `Tolerance`
     inside: bool = False  # as in `Problem`
-    auto: bool = False  # the method is to be chosen when the system is known; until then it is the general one
+    auto: bool = False  # the method is chosen when the system is known; until then it is the general one
     controller: controllers.ControllerLike | None = None  # as given
-    chosen: Settings | None = None  # with the method that was chosen
 
     @classmethod
     def make(
@@ -150,7 +149,7 @@ class Settings:
         return cls(tableau, rtol, atol, strategy, options, loop, auto=auto, controller=controller)
 
     def of(self, system: System) -> Settings:
-        """These settings with the choice of a method made for the system, where it is to be; `on` has it.
+        """These settings with the choice of a method made for the system, where it is to be.
 
         Raises:
             ValueError: the method is not for this system.
@@ -162,13 +161,7 @@ class Settings:
         if not self.auto:
             return self
         options = replace(self.options, controller=_controller(self.controller, tableau))
-        return replace(self, chosen=replace(self, tableau=tableau, options=options, auto=False))
-
-    def on(self, device: torch.device) -> Settings:
-        """The settings for states on that device."""
-        # The kernels on a GPU are the general method's.
-        given = self.chosen is None or (device.type == "cuda" and not isinstance(self.gradient, gradients.Reversible))
-        return self if given else self.chosen  # type: ignore[return-value]
+        return replace(self, tableau=tableau, options=options)
 
 
 def solve(
@@ -255,7 +248,6 @@ def run(
 ) -> Solution:
     """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from
     `check_times`; `traced` where a tracer sees the settings being made."""
-    settings = settings.on(h.device)
     if torch.compiler.is_compiling():
         from nesterov_triton.compiled import solve as compiled  # takes in all of torch's compiler
 

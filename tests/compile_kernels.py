@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
-from nesterov_triton import gates, tableaus
+from nesterov_triton import gates, nystrom, tableaus
 from nesterov_triton.gates_triton import FORMS
 from nesterov_triton.ops import control
 from nesterov_triton.ops.control import kernel as control_kernel
@@ -37,6 +37,11 @@ from nesterov_triton.ops.momentum_finish import kernel as momentum_finish
 from nesterov_triton.ops.momentum_reverse_finish import kernel as momentum_reverse_finish
 from nesterov_triton.ops.momentum_reverse_stage import kernel as momentum_reverse_stage
 from nesterov_triton.ops.momentum_stage import kernel as momentum_stage
+from nesterov_triton.ops.nystrom import kernel as nystrom_weights
+from nesterov_triton.ops.nystrom.reference import size_of
+from nesterov_triton.ops.nystrom_dense_output import kernel as nystrom_dense_output
+from nesterov_triton.ops.nystrom_finish import kernel as nystrom_finish
+from nesterov_triton.ops.nystrom_stage import kernel as nystrom_stage
 
 N = 1 << 16
 SOFTCLIP, HARDTANH, IDENTITY = gates.Softclip(5.0), gates.Hardtanh(5.0), gates.Identity()
@@ -85,7 +90,7 @@ def main(capabilities: list[int]) -> None:
     JITFunction.run = compile_only
     for capability in capabilities:
         triton.runtime.driver.set_active(Driver(capability))
-        for label, call in (*cases(), *first_order_cases(), *dense_output_cases(), *control_cases()):
+        for label, call in (*cases(), *first_order_cases(), *dense_output_cases(), *nystrom_cases(), *control_cases()):
             compiled.clear()
             call()
             for name, kernel in compiled:
@@ -222,6 +227,66 @@ def momentum_dense_output_call(tableau, dtype):  # type: ignore[no-untyped-def]
     return lambda: momentum_dense_output.launch(z, slopes, weights, *scalars(1), tableau, SOFTCLIP)
 
 
+def nystrom_cases():  # type: ignore[no-untyped-def]
+    """As `cases`, of the methods of `nystrom`, without a gate on the momentum and with one."""
+    for name, method in nystrom.METHODS.items():
+        for gate, label in ((IDENTITY, ""), (SOFTCLIP, " gated")):
+            if gate is IDENTITY or method.gated is not None:
+                for forces in {1, method.stages - 2} - {method.stages - 1}:
+                    yield f"nystrom stage {forces} {name} float32{label}", nystrom_stage_call(method, forces, gate)
+                yield f"nystrom finish {name} float32{label}", nystrom_finish_call(method, gate)
+                yield f"nystrom weights {name} float64{label}", nystrom_weights_call(method, gate)
+    nystrom4 = nystrom.METHODS["nystrom4"]
+    yield "nystrom stage 0 nystrom4 float32", nystrom_stage_call(nystrom4, 0, IDENTITY)
+    for dtype in (torch.float64, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield f"nystrom stage 2 nystrom4 {name} gated", nystrom_stage_call(nystrom4, 2, SOFTCLIP, dtype)
+        yield f"nystrom finish nystrom4 {name} gated", nystrom_finish_call(nystrom4, SOFTCLIP, dtype)
+        yield f"nystrom finish nystrom6 {name}", nystrom_finish_call(nystrom.METHODS["nystrom6"], IDENTITY, dtype)
+    for dtype in (torch.float32, torch.float64):
+        for gate, label in ((IDENTITY, ""), (SOFTCLIP, " gated")):
+            name = str(dtype).removeprefix("torch.")
+            yield f"nystrom dense output {name}{label}", nystrom_dense_output_call(gate, dtype)
+            if dtype == torch.float64:
+                yield f"nystrom dense weights {name}{label}", nystrom_dense_weights_call(gate)
+
+
+def nystrom_numbers(method, gate):  # type: ignore[no-untyped-def]
+    """coefficients, weights."""
+    size = size_of(method, gate is not IDENTITY)
+    return torch.empty((method.stages, 4), dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+
+
+def nystrom_stage_call(method, forces, gate, dtype=torch.float32):  # type: ignore[no-untyped-def]
+    return lambda: nystrom_stage.launch(
+        rows(1, dtype)[0] if forces else None, pair(dtype), rows(forces, dtype), *nystrom_numbers(method, gate), method,
+        gate, SOFTCLIP, True,
+    )  # fmt: skip
+
+
+def nystrom_finish_call(method, gate, dtype=torch.float32):  # type: ignore[no-untyped-def]
+    return lambda: nystrom_finish.launch(
+        *rows(1, dtype), pair(dtype), rows(method.stages - 1, dtype), *nystrom_numbers(method, gate), *scalars(2),
+        method, gate, SOFTCLIP, True,
+    )  # fmt: skip
+
+
+def nystrom_weights_call(method, gate):  # type: ignore[no-untyped-def]
+    dt, (coefficients, _) = torch.empty(1, dtype=torch.float64), nystrom_numbers(method, gate)
+    return lambda: nystrom_weights.launch_step_weights(dt, coefficients, method, gate is not IDENTITY)
+
+
+def nystrom_dense_weights_call(gate):  # type: ignore[no-untyped-def]
+    theta, dt, coefficients = (torch.empty(k, dtype=torch.float64) for k in ((100,), (1,), (4, 4)))
+    return lambda: nystrom_weights.launch_dense_weights(theta, dt, coefficients, gate is not IDENTITY)
+
+
+def nystrom_dense_output_call(gate, dtype):  # type: ignore[no-untyped-def]
+    weights = torch.empty((3, 2, 6 if gate is IDENTITY else 8), dtype=torch.float64)
+    force, end_force = rows(2, dtype)
+    return lambda: nystrom_dense_output.launch(pair(dtype), force, pair(dtype), end_force, weights, gate)
+
+
 def control_cases():  # type: ignore[no-untyped-def]
     """(label, a call of a launcher) of the loop on the device."""
     dopri5 = tableaus.get("dopri5")
@@ -247,7 +312,7 @@ def weigh_call(tableau):  # type: ignore[no-untyped-def]
     attempt, requested = (torch.empty(k, dtype=torch.float64) for k in (control.SLOTS, 100))
     weights = torch.empty((100, len(tableau.interpolant)), dtype=torch.float64)
     span = torch.empty(2, dtype=torch.int64)
-    return lambda: control_kernel.launch_weigh(attempt, *scalars(1), requested, weights, span, tableau)
+    return lambda: control_kernel.launch_weigh(attempt, *scalars(1), requested, weights, span, tableau.interpolant)
 
 
 def end_call(dtype, taped, inside):  # type: ignore[no-untyped-def]

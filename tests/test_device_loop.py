@@ -806,7 +806,7 @@ def test_weigh_end_and_add(situation, adaptive):
         ):
             weights = torch.zeros(4, len(DOPRI5.interpolant), dtype=F64, device=DEVICE)
             span = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-            weigh(attempt, error, requested, weights, span, DOPRI5)
+            weigh(attempt, error, requested, weights, span, DOPRI5.interpolant)
             decided = torch.full((control.SLOTS,), torch.nan, dtype=F64, device=DEVICE)
             kept, held = [x.clone() for x in rows[:3]], (tape.clone(), spans.clone())
             end(

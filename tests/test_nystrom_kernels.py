@@ -138,7 +138,7 @@ def test_what_a_plan_leaves_out_is_zero(method, gated):
         return
     plan, weights = plan_of(method, gated), weights_of(method, gated)
     held = torch.zeros(len(weights), dtype=torch.bool)
-    for first, used in (*plan.positions, *plan.paths, plan.momentum, *plan.error):
+    for first, *used in (*plan.positions, *plan.paths, *plan.ends):
         for j, one in enumerate(used):
             if one:
                 assert not held[first + j]

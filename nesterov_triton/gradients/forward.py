@@ -14,6 +14,7 @@ from nesterov_triton.status import SolveError, Status
 from nesterov_triton.stepping import device_loop
 from nesterov_triton.stepping.device_loop import DeviceLoop
 from nesterov_triton.stepping.explicit_rk import ExplicitRK
+from nesterov_triton.stepping.fused_nystrom import FusedNystrom
 from nesterov_triton.stepping.fused_rk import FusedFirstOrderRK, FusedMomentumRK
 from nesterov_triton.stepping.loop import AcceptedStep, OnAccept, Progress, finite_everywhere, integrate
 from nesterov_triton.stepping.nystrom import NystromStepper
@@ -99,7 +100,9 @@ def _stepper(problem: Problem, flow: Flow, path: Path, differentiable: bool) -> 
     )
 
 
-def _fused(problem: Problem, flow: Flow, dense: bool) -> FusedFirstOrderRK | FusedMomentumRK:
+def _fused(problem: Problem, flow: Flow, dense: bool) -> FusedFirstOrderRK | FusedMomentumRK | FusedNystrom:
+    if isinstance(problem.method, Nystrom):
+        return FusedNystrom(problem.method, flow, problem.tolerance)
     kind = FusedFirstOrderRK if flow.rows == 1 else FusedMomentumRK
     return kind(problem.tableau, flow, problem.tolerance, dense=dense)
 

@@ -31,6 +31,8 @@ Kind = Literal["forward", "adjoint", "reverse sweep"]
 def declined(problem: Problem, kind: Kind, objection: str | None = None) -> bool:
     """Whether the eager loop is to do it, as the problem or the `objection` says; the stats say why."""
     reason = objection or _objection(problem)
+    if kind != "forward" and isinstance(problem.method, Nystrom):
+        reason = reason or f"of the method {problem.method.name!r} the loop on the device knows the steps forward alone"
     if reason:
         _decline(problem, kind, reason)
     return bool(reason)
@@ -139,8 +141,6 @@ def _objection(problem: Problem) -> str:
     controller, tolerance = problem.options.controller, problem.tolerance
     if problem.loop == "eager":
         return "loop='eager'"
-    if isinstance(problem.method, Nystrom):
-        return f"the method {problem.method.name!r} has no loop on the device yet"
     if problem.loop == "auto" and problem.z.device.type != "cuda":
         return f"the state is on the {problem.z.device.type.upper()}"
     if problem.loop == "auto" and not AUTO:
@@ -166,7 +166,7 @@ def _key(problem: Problem) -> tuple[Hashable, ...]:
     wanted = tuple((p.data_ptr(), tuple(p.shape), p.dtype) for p in problem.params)
     z = problem.z
     return (
-        problem.tableau.name, problem.tolerance is None, tuple(problem.shape), z.dtype, z.device, rule, wanted,
+        problem.method.name, problem.tolerance is None, tuple(problem.shape), z.dtype, z.device, rule, wanted,
         tuple(problem.scalars), problem.autocast,
     )  # fmt: skip
 

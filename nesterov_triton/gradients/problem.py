@@ -17,11 +17,12 @@ from nesterov_triton.flow import Flow
 from nesterov_triton.kernels import Path
 from nesterov_triton.network import Network
 from nesterov_triton.nystrom import Nystrom
+from nesterov_triton.ops import dispatch
 from nesterov_triton.status import Stats
 from nesterov_triton.stepping.loop import LoopOptions, Progress
 from nesterov_triton.stepping.stepper import Tolerance
 from nesterov_triton.systems import Field, System
-from nesterov_triton.tableaus import TABLEAUS, Tableau
+from nesterov_triton.tableaus import Tableau
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,6 @@ class Problem:
 
     def path(self) -> Path:
         """What does the elementwise work of this solve, unless autograd is to see all of it."""
-        if isinstance(self.method, Nystrom):
-            return Path(False, f"the method {self.method.name!r} is plain torch")
         tolerance, found = self.tolerance, kernels.path(self.system, self.z.device)
         if not found.kernels:
             return found
@@ -101,10 +100,10 @@ class Problem:
             return Path(False, "the error has a norm of its own")
         if self.inside:
             return Path(False, "the ends of steps are seen from inside")
-        if tolerance is None and self.tableau.adaptive:
+        if tolerance is None and isinstance(self.method, Tableau) and self.method.adaptive:
             return Path(False, "an adaptive method takes given steps")
-        if TABLEAUS.get(self.tableau.name) is not self.tableau:
-            return Path(False, f"the method {self.tableau.name!r} is not registered")
+        if not dispatch.is_registered(self.method):
+            return Path(False, f"the method {self.method.name!r} is not registered")
         return kernels.path(self.system, self.z.device, *((tolerance.rtol, tolerance.atol) if tolerance else ()))
 
     @property
@@ -124,8 +123,11 @@ class Problem:
         """`inside` as `stage_times` wants it."""
         return self.z.dtype if self.inside else None
 
-    def backward_path(self, objection: str | None) -> Path:
-        """The same for its backward pass, unless there is something that only plain torch does; kept in the stats."""
+    def backward_path(self, objection: str | None, sweeps: bool = False) -> Path:
+        """The same for its backward pass, unless there is something that only plain torch does; kept in the stats. For
+        the methods of `nystrom` kernels know the transposed step, where the backward pass `sweeps`, and no other."""
+        if isinstance(self.method, Nystrom) and not sweeps:
+            objection = objection or f"of the method {self.method.name!r} kernels know the steps of 'discrete' alone"
         path = self.path() if objection is None else Path(False, objection)
         self.stats.path_backward = str(path)
         return path

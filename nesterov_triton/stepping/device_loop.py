@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nesterov_triton.flow import Flow, Packet
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops import control
 from nesterov_triton.ops.control import SETTINGS, SLOTS, Law, Setting, Slot
 from nesterov_triton.status import SolveError, Status
@@ -44,12 +45,15 @@ SHORT = 2e-4  # seconds; a shorter attempt is launched while the one before is s
 
 
 class DeviceStepper(Protocol):
-    """Steps that a device loop can take; see `fused_rk.FusedRK`."""
+    """Steps that a device loop can take; see `fused_rk.FusedStepper`."""
 
-    tableau: Tableau
     flow: Flow
+    tolerance: Tolerance | None
     rtol: Tensor
     atol: Tensor
+
+    @property
+    def tableau(self) -> Tableau | Nystrom: ...
 
     def bind(self, flow: Flow) -> None: ...
 
@@ -127,6 +131,7 @@ class DeviceLoop:
 
     def __init__(self, stepper: Any, rows: int, like: Tensor, inside: int = 0, taped: bool = False) -> None:
         self.stepper: DeviceStepper = stepper
+        self._adaptive = stepper.tolerance is not None
         tableau, system, device = stepper.tableau, stepper.flow.system, like.device
         self._law = law_of(system)
         stages = len(tableau.all_c) if inside else tableau.stages
@@ -196,15 +201,15 @@ class DeviceLoop:
 
     def _attempt(self) -> None:
         """One attempted step, decided; nothing is read."""
-        stepper = self.stepper
-        adaptive = stepper.tableau.adaptive
+        stepper, adaptive = self.stepper, self._adaptive
         before = stepper.flow.network.evaluations
         with torch.no_grad():
             self._begin(self.decided, self._stages, adaptive)
         done = stepper.attempt(self._stages.packet, self.z, self._first)
         with torch.no_grad():
             if self.requested is not None:
-                control.weigh(self.attempted, done.error, self.requested, self._weights, self._span, stepper.tableau)
+                weighed = (self.requested, self._weights, self._span, stepper.tableau.interpolant)
+                control.weigh(self.attempted, done.error, *weighed)
                 stepper.emit(self.z, self._weights, self.outputs, self._span)
             if adaptive and not self._first:
                 # Where the slope at the start is not carried, whether it is finite is seen here.
@@ -296,8 +301,8 @@ class DeviceLoop:
         t, end = times[0], times[-1]
         sign = math.copysign(1.0, end - t)
         step_size, count = 0.0, 0
-        chosen = tableau.adaptive and dt is None and options.first_step is None
-        if not tableau.adaptive:
+        chosen = self._adaptive and dt is None and options.first_step is None
+        if not self._adaptive:
             step_size, count = fixed_steps(t, end, options)
         elif dt is None:
             dt = 0.0 if options.first_step is None else sign * options.first_step

@@ -8,12 +8,13 @@ call it know the transpose. The steps' scalars live on the device, and the norm 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from nesterov_triton.flow import Flow, Packet
+from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops import dispatch
 from nesterov_triton.ops.first_order_dense_output import first_order_dense_output
 from nesterov_triton.ops.first_order_finish import first_order_finish
@@ -25,6 +26,8 @@ from nesterov_triton.stepping.dense_output import dense_output
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.systems import Momentum
 from nesterov_triton.tableaus import Tableau
+
+M = TypeVar("M", Tableau, Nystrom)
 
 
 class Attempt(NamedTuple):
@@ -87,14 +90,13 @@ class Held:
         return row
 
 
-class FusedRK:
+class FusedStepper(Generic[M]):
     """Steps of one method on one system, by the fused operators; see `stepping.stepper.Stepper`.
 
     Args:
         tableau: the method.
         flow: the system, bound.
         tolerance: for the embedded error's norm, numbers or 0-d tensors; None for fixed steps.
-        dense: whether `interpolate` will be called.
 
     Attributes:
         rtol, atol: the tolerance on the device, one element each.
@@ -102,8 +104,9 @@ class FusedRK:
 
     axis: TimeAxis | None = None
 
-    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, *, dense: bool = False) -> None:
-        self.tableau, self.flow, self.tolerance, self.dense = tableau, flow, tolerance, dense
+    def __init__(self, tableau: M, flow: Flow, tolerance: Tolerance | None) -> None:
+        self.tableau: M = tableau
+        self.flow, self.tolerance = flow, tolerance
         self.outputs = Held()
         self.rtol, self.atol = scalar_tolerances(tolerance, flow.device)
         self._first: Tensor | None = None  # slope at the state to go on from: dm, [N], or the field's output
@@ -124,9 +127,7 @@ class FusedRK:
 
     def step(self, t: float, t1: float, z: Tensor) -> Tensor:
         """The state after one step from t to t1, [D], freshly allocated."""
-        # Of all stages, the extra ones too: their features may be wanted.
-        nodes = self.tableau.all_c if self.dense else self.tableau.c
-        self._packet = self.flow.packet(stage_times(t, t1, nodes), t1 - t)
+        self._packet = self._pack(t, t1)
         try:
             z1 = self._step(self._packet, z)
         except (Overwritten, RuntimeError) as error:
@@ -169,12 +170,7 @@ class FusedRK:
     def emit(self, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None:
         """The states inside the attempt just made, written into those rows of `out`, [T, D], that are in the span; see
         `ops.control.weigh`."""
-        assert self._packet is not None
-        needed = len(self.tableau.interpolant)
-        if len(self._slopes) < needed:
-            self._add_slopes(self._packet, z, needed)
-        with torch.no_grad():
-            self._emit(self._packet, z, weights, out, span)
+        raise NotImplementedError
 
     def starts(self) -> list[Tensor]:
         """The slope that the attempt just made started with."""
@@ -182,9 +178,6 @@ class FusedRK:
 
     def commit(self, decided: Tensor, attempt: Tensor) -> None:
         """The attempt just made has been decided about: a forward step has nothing to add up."""
-
-    def _emit(self, packet: Packet, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None:
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -212,12 +205,11 @@ class FusedRK:
         self, t: float, t1: float, z: Tensor, times: Sequence[float], indices: Sequence[int]
     ) -> Sequence[Tensor]:
         """The states at `times` inside the step just taken and not yet accepted, [D] each; one launch for all."""
-        assert self._packet is not None
-        needed = dense_output(self.tableau)
-        if len(self._slopes) < needed.stages:
-            self._add_slopes(self._packet, z, needed.stages)
-        weights = torch.stack([needed.weights((time - t) / (t1 - t)) for time in times]).to(z.device, non_blocking=True)
-        return self._dense_output(self._packet, z, weights).unbind(0)
+        raise NotImplementedError
+
+    def _pack(self, t: float, t1: float) -> Packet:
+        """What a step from t to t1 needs."""
+        raise NotImplementedError
 
     def _output(self, t: Tensor, *features: Tensor) -> Tensor:
         """The field's output, [N], held."""
@@ -232,11 +224,45 @@ class FusedRK:
         """The step; leaves its slopes and its error."""
         raise NotImplementedError
 
+
+class FusedRK(FusedStepper[Tableau]):
+    """Steps of a Runge-Kutta method; with `dense` where `interpolate` will be called."""
+
+    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, *, dense: bool = False) -> None:
+        super().__init__(tableau, flow, tolerance)
+        self.dense = dense
+
+    def _pack(self, t: float, t1: float) -> Packet:
+        # Of all stages, the extra ones too: their features may be wanted.
+        nodes = self.tableau.all_c if self.dense else self.tableau.c
+        return self.flow.packet(stage_times(t, t1, nodes), t1 - t)
+
+    def emit(self, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None:
+        assert self._packet is not None
+        needed = len(self.tableau.interpolant)
+        if len(self._slopes) < needed:
+            self._add_slopes(self._packet, z, needed)
+        with torch.no_grad():
+            self._emit(self._packet, z, weights, out, span)
+
+    def interpolate(
+        self, t: float, t1: float, z: Tensor, times: Sequence[float], indices: Sequence[int]
+    ) -> Sequence[Tensor]:
+        assert self._packet is not None
+        needed = dense_output(self.tableau)
+        if len(self._slopes) < needed.stages:
+            self._add_slopes(self._packet, z, needed.stages)
+        weights = torch.stack([needed.weights((time - t) / (t1 - t)) for time in times]).to(z.device, non_blocking=True)
+        return self._dense_output(self._packet, z, weights).unbind(0)
+
     def _add_slopes(self, packet: Packet, z: Tensor, count: int) -> None:
         """Those of the extra stages up to `count`."""
         raise NotImplementedError
 
     def _dense_output(self, packet: Packet, z: Tensor, weights: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _emit(self, packet: Packet, z: Tensor, weights: Tensor, out: Tensor, span: Tensor) -> None:
         raise NotImplementedError
 
 

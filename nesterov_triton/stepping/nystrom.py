@@ -26,7 +26,7 @@ from nesterov_triton.stepping.explicit_rk import error_norm
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.systems import Momentum
 
-FARTHEST = 700.0  # e to this power is a float64 still; a longer step ends as one that is not finite
+FARTHEST = 700.0  # e to this power is a float64 still
 
 
 class Layout:
@@ -68,7 +68,7 @@ class Layout:
                     moments.append([(c.q or 0.0) + shift for c in at])
                 else:
                     moments.append([getattr(c, name) for c in at])
-        numbers = [x for row in moments for x in row] + self.weights(gamma, h)
+        numbers = [x for row in moments for x in row] + plain_weights(self.method, gamma, h, self.gated)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def graph(self, times: Tensor, h: Tensor, gamma: Tensor | float, xi: Tensor | float) -> Tensor:
@@ -84,39 +84,6 @@ class Layout:
             moments.append(value.view(times.shape))
         weights = weights_for(table(self.method, self.gated, h.device), h, gamma, self.gated)
         return torch.cat([*moments, weights], dim=-1)
-
-    def weights(self, gamma: float, h: float) -> list[float]:
-        """As `weights_for`. Plain numbers: about a hundred cost less than twenty operators."""
-        method, s, width = self.method, self.method.stages, self.nodes
-        if not abs(gamma * h) <= FARTHEST:
-            return [math.nan] * sum(math.prod(shape) for shape in self.shapes[len(self.moments) :])
-        rate = gamma * h if self.gated else 0.5 * gamma * h
-        late = [math.exp(rate * c) for c in method.c]  # 1 / decay
-        end, gated, found = 1 / late[-1], method.gated, list[float]()
-        own_x, own_m = ([e * x * end for e, x in zip(row, late, strict=True)] for row in method.error)
-        if self.gated:
-            assert gated is not None
-            driven = [h * x for x in late]
-            for d, row in zip(gated.d, gated.p, strict=True):
-                decay = math.exp(-rate * d)
-                found += [decay, *(decay * p * x for p, x in zip(row, driven, strict=False)), *(0.0,) * (s - len(row))]
-            found += [end, *(end * b * x for b, x in zip(method.b, driven, strict=True))]
-            for row in gated.w:
-                found += [*(h * w for w in row), *(0.0,) * (width - len(row))]
-            return [*found, *(h * h * e for e in own_x), *(h * e for e in own_m)]
-        half, square = 0.5 * gamma, h * h
-        of_forces = list[float]()
-        for c, x, row in zip(method.c[1:], late[1:], method.a[1:], strict=True):
-            scale = square / x
-            of_forces = [*(a * y * scale for a, y in zip(row, late, strict=False)), *(0.0,) * (s - len(row))]
-            found += [(1 + c * half * h) / x, c * h / x, *of_forces]
-        found += [-end * half * half * h, end * (1 - half * h)]
-        found += [b * x * (end * h) - half * a for b, x, a in zip(method.b, late, of_forces, strict=True)]
-        return [
-            *found,
-            *(square * e for e in own_x),
-            *(h * m - half * square * x for x, m in zip(own_x, own_m, strict=True)),
-        ]
 
     def dense(self, theta: Tensor | float, h: Tensor | float, gamma: Tensor | float) -> Tensor:
         """The weights of x and m at the fraction θ of a step, [2, ·], of what `ends` gives; at n of them [2, ·, n]."""
@@ -138,6 +105,40 @@ class Layout:
         nothing = (None,) * self.method.stages
         at = Moments(named["t"], *(named.get(name, nothing) for name in ("scale", "drive", "q")))
         return Numbers(at, parts[len(self.moments) : -1], parts[-1], self)
+
+
+def plain_weights(method: Nystrom, gamma: float, h: float, gate: bool) -> list[float]:
+    """As `weights_for`. Plain numbers: about a hundred cost less than twenty operators."""
+    s, gated = method.stages, method.gated
+    if not abs(gamma * h) <= FARTHEST:  # where math.exp would raise
+        return weights_for(table(method, gate, torch.device("cpu")), torch.tensor(h).double(), gamma, gate).tolist()
+    rate = gamma * h if gate else 0.5 * gamma * h
+    late = [math.exp(rate * c) for c in method.c]  # 1 / decay
+    end, found = 1 / late[-1], list[float]()
+    own_x, own_m = ([e * x * end for e, x in zip(row, late, strict=True)] for row in method.error)
+    if gate:
+        assert gated is not None
+        driven = [h * x for x in late]
+        for d, row in zip(gated.d, gated.p, strict=True):
+            decay = math.exp(-rate * d)
+            found += [decay, *(decay * p * x for p, x in zip(row, driven, strict=False)), *(0.0,) * (s - len(row))]
+        found += [end, *(end * b * x for b, x in zip(method.b, driven, strict=True))]
+        for row in gated.w:
+            found += [*(h * w for w in row), *(0.0,) * (len(gated.d) - len(row))]
+        return [*found, *(h * h * e for e in own_x), *(h * e for e in own_m)]
+    half, square = 0.5 * gamma, h * h
+    of_forces = list[float]()
+    for c, x, row in zip(method.c[1:], late[1:], method.a[1:], strict=True):
+        scale = square / x
+        of_forces = [*(a * y * scale for a, y in zip(row, late, strict=False)), *(0.0,) * (s - len(row))]
+        found += [(1 + c * half * h) / x, c * h / x, *of_forces]
+    found += [-end * half * half * h, end * (1 - half * h)]
+    found += [b * x * (end * h) - half * a for b, x, a in zip(method.b, late, of_forces, strict=True)]
+    return [
+        *found,
+        *(square * e for e in own_x),
+        *(h * m - half * square * x for x, m in zip(own_x, own_m, strict=True)),
+    ]
 
 
 def nodes_of(gated: Gated) -> list[tuple[int, int, int]]:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from nesterov_triton.gates import Gate
 from nesterov_triton.ops import dispatch
-from nesterov_triton.tableaus import Tableau
 
 __all__ = ["SETTINGS", "SLOTS", "Law", "Setting", "Slot", "add_accepted", "begin", "end", "weigh"]
 
@@ -110,7 +109,14 @@ def begin(
     run(decided, attempt, setting, nodes, times, coefficients, dt, adaptive, law)
 
 
-def weigh(attempt: Tensor, error: Tensor, requested: Tensor, weights: Tensor, span: Tensor, tableau: Tableau) -> None:
+def weigh(
+    attempt: Tensor,
+    error: Tensor,
+    requested: Tensor,
+    weights: Tensor,
+    span: Tensor,
+    interpolant: Sequence[Sequence[float]],
+) -> None:
     """Which requested times this attempt passes, if it is accepted, and the interpolant's weights there.
 
     Args:
@@ -118,8 +124,10 @@ def weigh(attempt: Tensor, error: Tensor, requested: Tensor, weights: Tensor, sp
         requested: the times strictly inside the interval, [T] float64.
         weights: b_i(θ_k), [T, stages] float64, written (outside of the span with anything).
         span: the first of them and how many, [2] int64, written.
+        interpolant: the polynomials b_i, a row each, from θ on (of the methods of `nystrom` θ itself).
     """
-    dispatch.implementation("control.weigh", attempt)(attempt, error, requested, weights, span, tableau)
+    run = dispatch.implementation("control.weigh", attempt)
+    run(attempt, error, requested, weights, span, interpolant)
 
 
 def end(

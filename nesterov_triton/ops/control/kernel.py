@@ -17,7 +17,6 @@ from nesterov_triton.gates_triton import FORMS
 from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW, Law, Setting, Slot
 from nesterov_triton.ops.control import SLOTS as LENGTH
 from nesterov_triton.ops.runge_kutta.kernel import launch_shape, start
-from nesterov_triton.tableaus import Tableau
 
 
 def constants(*members: int) -> list[tl.constexpr]:
@@ -166,12 +165,15 @@ def weigh_kernel(
 
 
 def launch_weigh(
-    attempt: Tensor, error: Tensor, requested: Tensor, weights: Tensor, span: Tensor, tableau: Tableau
+    attempt: Tensor,
+    error: Tensor,
+    requested: Tensor,
+    weights: Tensor,
+    span: Tensor,
+    interpolant: Sequence[Sequence[float]],
 ) -> None:
     """As `ops.control.weigh`, by the kernel."""
-    start(
-        weigh_kernel, 1, attempt, error, requested, weights, span, len(requested), tableau.interpolant, 64, num_warps=2
-    )
+    start(weigh_kernel, 1, attempt, error, requested, weights, span, len(requested), interpolant, 64, num_warps=2)
 
 
 @triton.jit(do_not_specialize=["count"])

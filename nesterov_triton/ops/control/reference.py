@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW, Law, Setting, Slot
-from nesterov_triton.tableaus import Tableau
 
 
 def begin(
@@ -68,11 +67,18 @@ def factors(t: Tensor, law: Law, damping: Tensor, xi: Tensor) -> Tensor:
     return torch.stack((scale, drive, q, -damping * torch.ones_like(t)), dim=1)
 
 
-def weigh(attempt: Tensor, error: Tensor, requested: Tensor, weights: Tensor, span: Tensor, tableau: Tableau) -> None:
+def weigh(
+    attempt: Tensor,
+    error: Tensor,
+    requested: Tensor,
+    weights: Tensor,
+    span: Tensor,
+    interpolant: Sequence[Sequence[float]],
+) -> None:
     """See `ops.control.weigh`."""
     a = attempt.unbind(0)
     theta = (requested - a[Slot.T]) / a[Slot.H]
-    polynomials = torch.tensor(tableau.interpolant, dtype=torch.float64, device=attempt.device)
+    polynomials = torch.tensor(interpolant, dtype=torch.float64, device=attempt.device)
     powers = torch.arange(1, polynomials.shape[1] + 1, dtype=torch.float64, device=attempt.device)
     weights.copy_((theta[:, None] ** powers) @ polynomials.T)
     ok = (a[Slot.ACTIVE] != 0) & (error <= 1)

@@ -20,13 +20,12 @@ QUINTICS = tl.constexpr((
 
 
 @triton.jit
-def combined(columns, weights_ptr, like, ROW: tl.constexpr):
-    """`like` + Σ_j weight_j columns[j], over the row's columns; see `reference.Row`."""
-    total = like
-    for j in tl.static_range(len(ROW[1])):
-        if ROW[1][j]:
-            total += tl.load(weights_ptr + (ROW[0] + j)).to(like.dtype) * columns[j]
-    return total
+def combined(columns, weights_ptr, base, ROWS: tl.constexpr, K: tl.constexpr):
+    """base + Σ_j weight_j columns[j], over the columns of the K-th row; see `reference.Row`."""
+    for j in tl.static_range(len(ROWS[K]) - 1):
+        if ROWS[K][j + 1]:
+            base += tl.load(weights_ptr + (ROWS[K][0] + j)).to(base.dtype) * columns[j]
+    return base
 
 
 @triton.jit
@@ -43,12 +42,12 @@ def position(
         columns = (x, m) + forces
         if len(PATHS) > 0:
             gates = ()
-            for q in tl.static_range(len(POSITIONS[STAGE - 1][1])):
-                momentum = combined(columns, weights_ptr, tl.zeros_like(x), PATHS[q])
+            for q in tl.static_range(len(POSITIONS[STAGE - 1]) - 1):
+                momentum = combined(columns, weights_ptr, tl.zeros_like(x), PATHS, q)
                 gates = gates + (gate_x(momentum, BOUND_X),)
-            found = combined(gates, weights_ptr, x, POSITIONS[STAGE - 1])
+            found = combined(gates, weights_ptr, x, POSITIONS, STAGE - 1)
         else:
-            found = combined(columns, weights_ptr, tl.zeros_like(x), POSITIONS[STAGE - 1])
+            found = combined(columns, weights_ptr, tl.zeros_like(x), POSITIONS, STAGE - 1)
     return found
 
 

@@ -18,7 +18,7 @@ from nesterov_triton import transforms
 from nesterov_triton.gates import Gate
 from nesterov_triton.nystrom import Nystrom
 
-Row = tuple[int, tuple[bool, ...]]  # where the weight of the first column is, and which columns have one
+Row = tuple[int, ...]  # where the weight of the first column is; then 1 for each column that has one, 0 for the others
 
 
 class Plan(NamedTuple):
@@ -27,14 +27,12 @@ class Plan(NamedTuple):
     Attributes:
         positions: rows of X_1 to X_s-1; with a gate over σ_x(M_0), σ_x(M_1), …, and x is added.
         paths: with a gate, rows of M_0, M_1, …; none without.
-        momentum: of m at the end.
-        error: of its estimates, of x and of m.
+        ends: rows of m at the end, and of the error estimates of x and m there.
     """
 
     positions: tuple[Row, ...]
     paths: tuple[Row, ...]
-    momentum: Row
-    error: tuple[Row, Row]
+    ends: tuple[Row, Row, Row]
 
     @property
     def gated(self) -> bool:
@@ -83,16 +81,16 @@ def plan_of(method: Nystrom, gated: bool) -> Plan:
 
     def row(k: int, missing: int) -> Row:
         """The k-th, without the first columns, so many."""
-        used = [any(weight[1:]) for weight in terms[k]]
+        used = [int(any(weight[1:])) for weight in terms[k]]
         until = max(j for j, one in enumerate(used) if one) + 1
-        return starts[k] - missing, (*(False,) * missing, *used[:until])
+        return starts[k] - missing, *(0,) * missing, *used[:until]
 
     n, last = len(method.gated.d) if gated and method.gated else 0, method.stages - 1
     momentum = n if gated else last
     first = n + 1 if gated else 0
     return Plan(
-        tuple(row(first + i, 0) for i in range(last)), tuple(row(q, 1) for q in range(n)), row(momentum, int(gated)),
-        (row(len(terms) - 2, 2), row(len(terms) - 1, 2)),
+        tuple(row(first + i, 0) for i in range(last)), tuple(row(q, 1) for q in range(n)),
+        (row(momentum, int(gated)), row(len(terms) - 2, 2), row(len(terms) - 1, 2)),
     )  # fmt: skip
 
 
@@ -171,7 +169,7 @@ def _from_y(weights: Sequence[Tensor], s: Tensor, h: Tensor | float, half: Tenso
 
 def combined(columns: Sequence[Tensor], weights: Tensor, row: Row) -> Tensor:
     """Σ_j weight_j columns_j, [N], over the row's columns."""
-    first, used = row
+    first, *used = row
     total = torch.zeros_like(columns[0])
     for j, column in enumerate(columns[: len(used)]):
         if used[j]:
@@ -186,7 +184,7 @@ def position(i: int, x: Tensor, m: Tensor, forces: Sequence[Tensor], weights: Te
     columns, row = (x, m, *forces), plan.positions[i - 1]
     if not plan.gated:
         return combined(columns, weights, row)
-    return x + combined([gate(combined(columns, weights, path)) for path in plan.paths[: len(row[1])]], weights, row)
+    return x + combined([gate(combined(columns, weights, path)) for path in plan.paths[: len(row) - 1]], weights, row)
 
 
 def linear(coefficients: Tensor, gated: bool) -> Tensor:

@@ -47,14 +47,12 @@ def dense_output_kernel(
     x1 = tl.load(end_ptr + offsets, mask=mask).to(WIDE)
     m1 = tl.load(end_ptr + n + offsets, mask=mask).to(WIDE)
     f1 = tl.load(end_force_ptr + offsets, mask=mask).to(WIDE)
+    width: tl.constexpr = 8 if GATED else 6
+    of_m: tl.constexpr = 12 if GATED else 6
     if GATED:  # the weights of x are in the first half of their row, those of m in the second
-        width: tl.constexpr = 8
-        of_m: tl.constexpr = 12
         to_x = (x, gate_x(m, BOUND_X), x1, gate_x(m1, BOUND_X))
         to_m = (m, f, m1, f1)
     else:
-        width: tl.constexpr = 6
-        of_m: tl.constexpr = 6
         to_x = (x, m, f, x1, m1, f1)
         to_m = to_x
     first, count = requested(span_ptr, times)

@@ -35,7 +35,7 @@ from nesterov_triton.ops.runge_kutta.kernel import (
 @triton.jit
 def finish_kernel(
     z_ptr, output_ptr, forces, coefficients_ptr, weights_ptr, rtol_ptr, atol_ptr, new_ptr, force_ptr, partials_ptr, n,
-    POSITIONS: tl.constexpr, PATHS: tl.constexpr, MOMENTUM: tl.constexpr, ERROR: tl.constexpr, ADAPTIVE: tl.constexpr,
+    POSITIONS: tl.constexpr, PATHS: tl.constexpr, ENDS: tl.constexpr, ADAPTIVE: tl.constexpr,
     gate_x: tl.constexpr, BOUND_X: tl.constexpr, gate_f: tl.constexpr, BOUND_F: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def finish_kernel(
         new_ptr: where (x, m) at the end goes, [2 N].
         force_ptr: where the force there goes, [N].
         partials_ptr: where this block's sum of squares goes, [programs] float64.
-        POSITIONS, PATHS, MOMENTUM, ERROR: rows of the `Plan`.
+        POSITIONS, PATHS, ENDS: rows of the `Plan`.
         ADAPTIVE: whether the error is wanted.
     """
     program = tl.program_id(0)
@@ -67,13 +67,13 @@ def finish_kernel(
     x_new = stored(x_new, dtype)
     last = force(u, x_new, coefficients_ptr, len(forces), len(PATHS) > 0, gate_f, BOUND_F, dtype)
     columns = (x, m) + known + (last,)
-    m_new = stored(combined(columns, weights_ptr, nothing, MOMENTUM), dtype)
+    m_new = stored(combined(columns, weights_ptr, nothing, ENDS, 0), dtype)
     fit = unless_finite(last)  # the next step starts from it
     if ADAPTIVE:
         rtol = tl.load(rtol_ptr).to(WIDE)
         atol = tl.load(atol_ptr).to(WIDE)
-        error_x = scaled(combined(columns, weights_ptr, nothing, ERROR[0]), x, x_new, rtol, atol)
-        error_m = scaled(combined(columns, weights_ptr, nothing, ERROR[1]), m, m_new, rtol, atol)
+        error_x = scaled(combined(columns, weights_ptr, nothing, ENDS, 1), x, x_new, rtol, atol)
+        error_m = scaled(combined(columns, weights_ptr, nothing, ENDS, 2), m, m_new, rtol, atol)
         store_squares(partials_ptr + program, error_x + fit, error_m, mask)
     else:
         store_squares(partials_ptr + program, unless_finite(x_new) + fit, unless_finite(m_new), mask)
@@ -108,7 +108,7 @@ def launch(
     partials = torch.empty((1, programs), dtype=torch.float64, device=z.device)
     start(
         finish_kernel, programs, z, output, tuple(forces), coefficients, weights, rtol, atol, new, last, partials, n,
-        plan.positions, plan.paths, plan.momentum, plan.error, adaptive,
+        plan.positions, plan.paths, plan.ends, adaptive,
         FORMS[form_x[0]], form_x[1], FORMS[form_f[0]], form_f[1],
         tl.float64 if z.dtype == torch.float64 else tl.float32, block, **options,
     )  # fmt: skip

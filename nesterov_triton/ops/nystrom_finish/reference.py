@@ -44,6 +44,6 @@ def nystrom_finish(
     x_new = position(last, x, m, known, weights, plan, gate_x).to(z.dtype)
     new = force(output, x_new.to(dtype), last, coefficients, plan.gated, gate_f).to(z.dtype)
     columns = (x, m, *known, new.to(dtype))
-    end = torch.stack((x_new, combined(columns, weights, plan.momentum).to(z.dtype)))
-    errors = [torch.stack([combined(columns, weights, row) for row in plan.error])] if adaptive else []
+    end = torch.stack((x_new, combined(columns, weights, plan.ends[0]).to(z.dtype)))
+    errors = [torch.stack([combined(columns, weights, row) for row in plan.ends[1:]])] if adaptive else []
     return Finish(end.view(-1), new, finished_norm(errors, z.view(2, -1), end, new, rtol, atol, dtype))

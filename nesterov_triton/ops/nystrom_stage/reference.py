@@ -60,6 +60,7 @@ def nystrom_stage(
         new = known[-1].to(z.dtype)
         known[-1] = new.to(dtype)  # as later stages will read it
     if ahead:
-        at = position(len(known), *state.view(2, -1), known, weights, plan, gate_x)
+        x, m = state.view(2, -1)
+        at = position(len(known), x, m, known, weights, plan, gate_x)
         h = (coefficients[len(known), 0] * at).to(z.dtype)
     return Stage(h, new)
