@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nesterov_triton import tableaus
+from nesterov_triton.nystrom import Nystrom
+from nesterov_triton.ops.nystrom.reference import Plan, Row, plan_of
 from nesterov_triton.tableaus import Tableau
 
 _BLOCK_BYTES = 4096  # of one row that one program works on
@@ -283,7 +285,54 @@ def momentum_dense_output(tableau: Tableau, times: int) -> Launch:
     return Launch("momentum dense output", 2 + len(slopes), 2 * times)
 
 
-def step_bytes(launches: Sequence[Launch], tableau: Tableau, n: int, itemsize: int) -> int:
+def nystrom_stage(method: Nystrom, gated: bool, known: int, output: bool = True) -> Launch:
+    """The launch that takes the field's output at the stage after the `known` forces, if there is one, to that stage's
+    force and to the features of the stage after it; see `ops.nystrom_stage`."""
+    plan, following = plan_of(method, gated), known + output
+    needed = _position(plan, following) | (_position(plan, known) if output else set())
+    return Launch(f"Nystrom stage {following}", len(needed - {2 + known}) + output, 1 + output)
+
+
+def nystrom_finish(method: Nystrom, gated: bool) -> Launch:
+    """The launch that ends the step; its norm's second half reads no rows."""
+    plan, last = plan_of(method, gated), method.stages - 1
+    needed = {0, 1} | _position(plan, last)
+    for row in plan.ends:
+        needed |= _columns(row)
+    return Launch("Nystrom finish", len(needed - {2 + last}) + 1, 3)
+
+
+def nystrom_step(method: Nystrom, gated: bool) -> list[Launch]:
+    """All launches of one step of a method of `nystrom`, from a known force."""
+    stages = [nystrom_stage(method, gated, known) for known in range(1, method.stages - 1)]
+    first, finish = nystrom_stage(method, gated, 1, output=False), nystrom_finish(method, gated)
+    return [first, *stages, finish, Launch("norm", 0, 0)]
+
+
+def nystrom_floor(method: Nystrom, gated: bool) -> int:
+    """As `momentum_floor`: of the forces only the last one is written, which the next step starts from."""
+    return sum(launch.rows for launch in nystrom_step(method, gated)) - (method.stages - 2)
+
+
+def nystrom_dense_output(times: int) -> Launch:
+    """The launch that gives the states at so many times inside a step; at the floor."""
+    return Launch("Nystrom dense output", 6, 2 * times)
+
+
+def _columns(row: Row) -> set[int]:
+    """The columns of a row that have a weight: x, m, F_0, F_1, …"""
+    return {j for j, used in enumerate(row[1:]) if used}
+
+
+def _position(plan: Plan, i: int) -> set[int]:
+    """The columns that X_i is made of."""
+    if i == 0:
+        return {0}
+    found = _columns(plan.positions[i - 1])
+    return set[int]({0}).union(*(_columns(plan.paths[q]) for q in found)) if plan.paths else found
+
+
+def step_bytes(launches: Sequence[Launch], tableau: Tableau | Nystrom, n: int, itemsize: int) -> int:
     """Bytes of a step on rows of `n` values of `itemsize` bytes."""
     programs = -(-n * itemsize // _BLOCK_BYTES)
     sums = 2 * programs * max(len(tableau.error), 1) * _SUM_BYTES

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import traffic
-from nesterov_triton import tableaus
+from nesterov_triton import nystrom, tableaus
 
 # Second launches and those of the control, which read no rows.
-SUMS = ("norm_kernel", "sums_kernel", "begin_kernel", "weigh_kernel")
+SUMS = (
+    "norm_kernel", "sums_kernel", "begin_kernel", "weigh_kernel", "step_weights_kernel", "dense_weights_kernel"
+)  # fmt: skip
 pytestmark = pytest.mark.xdist_group("compiled kernels")  # all are compiled once
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 DOPRI5, DOPRI8, RK4 = map(tableaus.get, ("dopri5", "dopri8", "rk4"))
+NYSTROM4, NYSTROM6, BLANES_MOAN4 = (nystrom.METHODS[name] for name in ("nystrom4", "nystrom6", "blanes_moan4"))
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,24 @@ EXPECTED |= {
     "momentum dense output dopri5 float32": traffic.momentum_dense_output(DOPRI5, 1),
     "momentum dense output dopri5 float64": traffic.momentum_dense_output(DOPRI5, 1),
     "momentum dense output dopri5 bfloat16": traffic.momentum_dense_output(DOPRI5, 1),
+    **{
+        f"nystrom stage {known} {method.name} float32{label}": traffic.nystrom_stage(method, bool(label), known)
+        for method, known in ((NYSTROM4, 1), (NYSTROM4, 2), (NYSTROM6, 1), (NYSTROM6, 4), (BLANES_MOAN4, 5))
+        for label in ("", " gated")
+        if not label or method is not NYSTROM6
+    },
+    **{
+        f"nystrom finish {method.name} float32{label}": traffic.nystrom_finish(method, bool(label))
+        for method in nystrom.METHODS.values()
+        for label in ("", " gated")
+        if not label or method is not NYSTROM6
+    },
+    "nystrom stage 0 nystrom4 float32": traffic.nystrom_stage(NYSTROM4, False, 0, output=False),
+    "nystrom stage 2 nystrom4 float64 gated": traffic.nystrom_stage(NYSTROM4, True, 2),
+    "nystrom finish nystrom6 float64": traffic.nystrom_finish(NYSTROM6, False),
+    "nystrom finish nystrom6 bfloat16": traffic.nystrom_finish(NYSTROM6, False),
+    "nystrom dense output float32": traffic.nystrom_dense_output(1),
+    "nystrom dense output float64 gated": traffic.nystrom_dense_output(1),
     # Of dopri8 a thread works on half as many elements: 8 bytes in bfloat16 are 4, so that only the count is looked at.
     "momentum dense output dopri8 bfloat16": traffic.momentum_dense_output(DOPRI8, 1),
 }

@@ -1,12 +1,13 @@
 """The count of bytes and launches that the kernels are held to."""
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import traffic
-from nesterov_triton import tableaus
+from nesterov_triton import nystrom, tableaus
 
 DOPRI5 = tableaus.get("dopri5")
 
@@ -78,6 +79,22 @@ def test_bytes_are_within_fifteen_percent_of_the_floor(method, pairs, kind):
     ratio = traffic.step_bytes(step(tableau, pairs), tableau, n, 4) / (floor(tableau, pairs) * n * 4)
     print(f"{kind} {method}: {ratio:.3f} times the floor")
     assert ratio <= 1.15
+
+
+def test_rows_of_a_step_of_the_nystrom_methods():
+    rows = {}
+    for (name, method), gated in itertools.product(nystrom.METHODS.items(), (False, True)):
+        if method.gated is not None or not gated:
+            launches = traffic.nystrom_step(method, gated)
+            assert len(launches) == method.stages + 1
+            rows[name, gated] = [launch.rows for launch in launches]
+            ratio = traffic.step_bytes(launches, method, 2**24, 4) / (traffic.nystrom_floor(method, gated) * 2**26)
+            assert ratio <= 1.15
+    assert rows["nystrom4", False] == rows["nystrom4", True] == [4, 6, 7, 9, 0]
+    assert rows["nystrom6", False] == [4, 6, 7, 8, 9, 11, 0]
+    assert rows["blanes_moan4", False] == rows["blanes_moan4", True] == [4, 6, 7, 8, 9, 10, 12, 0]
+    assert rows["strang", False] == rows["strang", True] == [4, 7, 0]
+    assert [traffic.nystrom_floor(nystrom.METHODS[name], False) for name in ("nystrom4", "nystrom6")] == [24, 41]
 
 
 def test_the_script_prints_both(capsys):

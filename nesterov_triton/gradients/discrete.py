@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nesterov_triton import transforms
 from nesterov_triton.flow import Cotangents, Flow, Linearisation, OpenState, StageTimes
-from nesterov_triton.gradients.device_sweep import DeviceSweep
+from nesterov_triton.gradients.device_sweep import DeviceNystromSweep, DeviceSweep
 from nesterov_triton.gradients.forward import forward
+from nesterov_triton.gradients.fused_nystrom_sweep import FusedNystromSweep
 from nesterov_triton.gradients.fused_sweep import FusedFirstOrderSweep, FusedMomentumSweep
 from nesterov_triton.gradients.leaves import (
     apart,
@@ -113,7 +114,7 @@ class _Discrete(torch.autograd.Function):
             return None, None, adjoint, of_times if wants_times else None, *totals.scalars.values(), *totals.of_params()
         flow = _back_flow(problem, ctx.needs_input_grad)
         objection = "gradients with respect to times are wanted" if wants_times else None
-        path = problem.backward_path(objection)
+        path = problem.backward_path(objection, sweeps=True)
         try:
             with problem.without_autocast(), apart(flow.params):
                 found = _on_device(problem, flow, objection, ctx.spans, starts, cotangents)
@@ -212,14 +213,18 @@ def _one_by_one(
 ) -> Cotangent:
     """The sweep over the accepted steps: t, t1 and the requested times in (t, t1] of each, and where it started."""
 
-    if isinstance(problem.method, Nystrom):
-        own = NystromSweep(problem.method, flow, problem.times.tolist())
+    method, times = problem.method, problem.times.tolist()
+    if isinstance(method, Nystrom) and not kernels:
+        own = NystromSweep(method, flow, times)
         adjoint = torch.zeros_like(problem.z)
         for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
             adjoint = own.forth_and_back(t, t1, z, adjoint, given(outputs, cotangents))
         return own.finish(adjoint), own.times, own.totals
 
     def back(copies: bool) -> Cotangent:
+        if isinstance(method, Nystrom):
+            fused = FusedNystromSweep(method, flow, times, copies)
+            return fused.back(spans, starts, cotangents), None, fused.totals
         sweep = _sweep(kernels, problem, flow, copies)
         adjoint = torch.zeros_like(problem.z)
         for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
@@ -249,11 +254,13 @@ def _on_device(
     times, grads = problem.times.tolist(), flow.coefficient_grads
     own = problem.flow_back(time_grads=False, coefficient_grads=grads, aliased=problem.z.device.type == "cuda")
 
-    def make() -> DeviceSweep:
+    def make() -> DeviceSweep | DeviceNystromSweep:
+        if isinstance(problem.method, Nystrom):
+            return DeviceNystromSweep(FusedNystromSweep(problem.method, own, times), starts[0])
         kind = FusedFirstOrderSweep if own.rows == 1 else FusedMomentumSweep
         return DeviceSweep(kind(problem.tableau, own, times), starts[0])
 
-    def solve(loop: DeviceSweep) -> Cotangent:
+    def solve(loop: DeviceSweep | DeviceNystromSweep) -> Cotangent:
         loop.bind(own, times)
         adjoint = loop.run(spans, starts, cotangents)
         totals = Totals(own)

@@ -7,7 +7,7 @@ already known of the step; nothing else is written. The arithmetic is `discrete.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Generic, cast
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ from nesterov_triton.ops.momentum_reverse_finish import momentum_reverse_finish
 from nesterov_triton.ops.momentum_reverse_stage import momentum_reverse_stage
 from nesterov_triton.ops.momentum_stage import momentum_stage
 from nesterov_triton.stepping.dense_output import dense_output
-from nesterov_triton.stepping.fused_rk import Held
+from nesterov_triton.stepping.fused_rk import Held, M
 from nesterov_triton.stepping.stepper import stage_times
 from nesterov_triton.systems import Momentum
 from nesterov_triton.tableaus import Tableau
 
 
-class FusedSweep:
-    """Transposed steps, last first, without the cotangents of times; see `discrete.Sweep`.
+class FusedTranspose(Generic[M]):
+    """What transposed steps by the fused operators have in common, last first, without the cotangents of times.
 
     Args:
         tableau: the method.
@@ -42,10 +42,48 @@ class FusedSweep:
 
     times: Tensor | None = None
 
-    def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float], copies: bool = False) -> None:
-        self.tableau, self.flow, self.requested, self.copies = tableau, flow, times, copies
+    def __init__(self, tableau: M, flow: Flow, times: Sequence[float], copies: bool = False) -> None:
+        self.tableau: M = tableau
+        self.flow, self.requested, self.copies = flow, times, copies
         self.totals = Totals(flow)
         self.outputs, self.pulled = Held(copies), Held(copies)
+
+    def finish(self) -> None:
+        """Every step has been taken: bring the totals up to date."""
+
+    # -- for a sweep that is captured ----------------------------------------------------------------------------------
+
+    def bind(self, flow: Flow, times: Sequence[float]) -> None:
+        """Go on with this flow, in another backward pass like the first; the totals start again from 0."""
+        self.flow, self.requested = flow, times
+        self.totals.restart(flow)
+
+    def release(self) -> None:
+        """Hold nothing of the backward pass that is over."""
+        self.flow = self.totals.flow = cast(Flow, None)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, t: Tensor, first: bool, *features: Tensor) -> tuple[Evaluation, Tensor]:
+        evaluation = self.flow.network.taped(t, *(x.view(self.flow.shape) for x in features))
+        if first:  # at every step: a field may use a tensor at some times only
+            check_leaves(self.flow, evaluation)
+        return evaluation, self.outputs.keep(evaluation.u.reshape(-1))
+
+    def _through(self, t: Tensor, evaluation: Evaluation, g: Tensor) -> list[Tensor]:
+        """The features' cotangents at the stage time `t`, [N] each; the parameters' go into the totals at once."""
+        if self.copies:
+            evaluation = self.flow.network.taped(t, *evaluation.leaves)
+        through, _, grads = evaluation.pullback(g, self.flow.params)
+        accumulate(self.totals.params, grads)
+        return [torch.zeros_like(g) if v is None else self.pulled.keep(v) for v in through]
+
+
+class FusedSweep(FusedTranspose[Tableau]):
+    """Transposed Runge-Kutta steps; see `discrete.Sweep`."""
+
+    def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float], copies: bool = False) -> None:
+        super().__init__(tableau, flow, times, copies)
         self._dense = dense_output(tableau)
 
     def step(self, t: float, t1: float, z: Tensor, adjoint: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> Tensor:
@@ -74,20 +112,6 @@ class FusedSweep:
         start = self._step(packet, z, end, stages, seeds)
         return sum((g for _, g in inside), start)
 
-    def finish(self) -> None:
-        """Every step has been taken: bring the totals up to date."""
-
-    # -- for a sweep that is captured ----------------------------------------------------------------------------------
-
-    def bind(self, flow: Flow, times: Sequence[float]) -> None:
-        """Go on with this flow, in another backward pass like the first; the totals start again from 0."""
-        self.flow, self.requested = flow, times
-        self.totals.restart(flow)
-
-    def release(self) -> None:
-        """Hold nothing of the backward pass that is over."""
-        self.flow = self.totals.flow = cast(Flow, None)
-
     def transposed(self, packet: Packet, z: Tensor, end: Tensor, stages: int) -> Tensor:
         """As `step`, of a step without requested states inside, whose times are on the device.
 
@@ -102,24 +126,8 @@ class FusedSweep:
         self.pulled.release()
         return self._step(packet, z, end, stages, ())
 
-    # ------------------------------------------------------------------------------------------------------------------
-
     def _step(self, packet: Packet, z: Tensor, end: Tensor, stages: int, seeds: Sequence[Tensor]) -> Tensor:
         raise NotImplementedError
-
-    def _evaluate(self, t: Tensor, first: bool, *features: Tensor) -> tuple[Evaluation, Tensor]:
-        evaluation = self.flow.network.taped(t, *(x.view(self.flow.shape) for x in features))
-        if first:  # at every step: a field may use a tensor at some times only
-            check_leaves(self.flow, evaluation)
-        return evaluation, self.outputs.keep(evaluation.u.reshape(-1))
-
-    def _through(self, t: Tensor, evaluation: Evaluation, g: Tensor) -> list[Tensor]:
-        """The features' cotangents at the stage time `t`, [N] each; the parameters' go into the totals at once."""
-        if self.copies:
-            evaluation = self.flow.network.taped(t, *evaluation.leaves)
-        through, _, grads = evaluation.pullback(g, self.flow.params)
-        accumulate(self.totals.params, grads)
-        return [torch.zeros_like(g) if v is None else self.pulled.keep(v) for v in through]
 
 
 class FusedMomentumSweep(FusedSweep):

@@ -31,8 +31,8 @@ Kind = Literal["forward", "adjoint", "reverse sweep"]
 def declined(problem: Problem, kind: Kind, objection: str | None = None) -> bool:
     """Whether the eager loop is to do it, as the problem or the `objection` says; the stats say why."""
     reason = objection or _objection(problem)
-    if kind != "forward" and isinstance(problem.method, Nystrom):
-        reason = reason or f"of the method {problem.method.name!r} the loop on the device knows the steps forward alone"
+    if kind == "adjoint" and isinstance(problem.method, Nystrom):
+        reason = reason or f"the adjoint by the method {problem.method.name!r} has no loop on the device"
     if reason:
         _decline(problem, kind, reason)
     return bool(reason)

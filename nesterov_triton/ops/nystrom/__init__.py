@@ -11,7 +11,7 @@ from nesterov_triton.ops.nystrom.reference import size_of
 __all__ = ["check_weights", "dense_weights", "step_weights"]
 
 
-def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool) -> Tensor:
+def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False) -> Tensor:
     """A step's weights, [size] float64, on the device; see `reference.table`. For loops there, which no tracer sees.
 
     Args:
@@ -19,8 +19,9 @@ def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool)
         coefficients: rows (κ, s, q, -γ), of which the first is looked at for γ, [·, 4] float64.
         method: the method.
         gated: whether the momentum has a gate.
+        rates: their derivatives with respect to γ instead.
     """
-    found: Tensor = dispatch.implementation("nystrom.step_weights", dt)(dt, coefficients, method, gated)
+    found: Tensor = dispatch.implementation("nystrom.step_weights", dt)(dt, coefficients, method, gated, rates)
     return found
 
 

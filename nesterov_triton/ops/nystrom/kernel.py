@@ -21,9 +21,9 @@ QUINTICS = tl.constexpr((
 
 @triton.jit
 def combined(columns, weights_ptr, base, ROWS: tl.constexpr, K: tl.constexpr):
-    """base + Σ_j weight_j columns[j], over the columns of the K-th row; see `reference.Row`."""
-    for j in tl.static_range(len(ROWS[K]) - 1):
-        if ROWS[K][j + 1]:
+    """base + Σ_j weight_j columns[j], over the columns of the K-th row that are there; see `reference.Row`."""
+    for j in tl.static_range(len(columns)):
+        if len(ROWS[K]) > j + 1 and ROWS[K][j + 1]:
             base += tl.load(weights_ptr + (ROWS[K][0] + j)).to(base.dtype) * columns[j]
     return base
 
@@ -72,32 +72,103 @@ def force(
 
 
 @triton.jit
-def step_weights_kernel(table_ptr, dt_ptr, coefficients_ptr, weights_ptr, GATED: tl.constexpr, SIZE: tl.constexpr,
-                        LANES: tl.constexpr):  # fmt: skip
-    """One program; see `reference.weights_for`. The damping is in the first of the rows (κ, s, q, -γ)."""
+def transposed(cotangents, weights_ptr, base, ROWS: tl.constexpr, COLUMN: tl.constexpr, FIRST: tl.constexpr):
+    """base + Σ_k weight_k cotangents[k], of this column in each of the rows from FIRST on."""
+    for k in tl.static_range(len(cotangents)):
+        if len(ROWS[FIRST + k]) > COLUMN + 1 and ROWS[FIRST + k][COLUMN + 1]:
+            base += tl.load(weights_ptr + (ROWS[FIRST + k][0] + COLUMN)).to(base.dtype) * cotangents[k]
+    return base
+
+
+@triton.jit
+def sweep_back(
+    x, m, forces, of_positions, of_m, weights_ptr,
+    STAGE: tl.constexpr, POSITIONS: tl.constexpr, PATHS: tl.constexpr, ENDS: tl.constexpr,
+    pullback_x: tl.constexpr, BOUND_X: tl.constexpr,
+):  # fmt: skip
+    """A tuple of blocks and a block; see `reference.sweep_back`."""
+    nothing, nodes = tl.zeros_like(of_m), ()
+    first: tl.constexpr = len(POSITIONS[STAGE - 1]) - 1 if STAGE > 0 else 0
+    for q in tl.static_range(first, len(PATHS)):
+        momentum = combined((x, m) + forces, weights_ptr, nothing, PATHS, q)
+        of_gate = transposed(of_positions, weights_ptr, nothing, POSITIONS, q, STAGE)
+        nodes = nodes + (pullback_x(of_gate, momentum, BOUND_X),)
+    of_force = transposed((of_m,), weights_ptr, nothing, ENDS, 2 + STAGE, 0)
+    if len(PATHS) > 0:
+        of_force = transposed(nodes, weights_ptr, of_force, PATHS, 2 + STAGE, first)
+    else:
+        of_force = transposed(of_positions, weights_ptr, of_force, POSITIONS, 2 + STAGE, STAGE)
+    return nodes, of_force
+
+
+@triton.jit
+def start_cotangents(
+    nodes, of_positions, of_m, weights_ptr, POSITIONS: tl.constexpr, PATHS: tl.constexpr, ENDS: tl.constexpr
+):
+    """Two blocks; see `reference.start_cotangents`."""
+    nothing = tl.zeros_like(of_m)
+    of_x = transposed((of_m,), weights_ptr, nothing, ENDS, 0, 0)
+    of_start = transposed((of_m,), weights_ptr, nothing, ENDS, 1, 0)
+    if len(PATHS) > 0:
+        for k in tl.static_range(len(of_positions)):
+            of_x += of_positions[k]
+        of_start = transposed(nodes, weights_ptr, of_start, PATHS, 1, 0)
+    else:
+        of_x = transposed(of_positions, weights_ptr, of_x, POSITIONS, 0, 0)
+        of_start = transposed(of_positions, weights_ptr, of_start, POSITIONS, 1, 0)
+    return of_x, of_start
+
+
+@triton.jit
+def first_cotangents(
+    x, m, forces, of_positions, of_m, weights_ptr, kick_ptr, given_ptr, offsets, mask, n,
+    POSITIONS: tl.constexpr, PATHS: tl.constexpr, ENDS: tl.constexpr, pullback_x: tl.constexpr, BOUND_X: tl.constexpr,
+):  # fmt: skip
+    """The cotangents of the nodes, and of x, m and the force at the step's start, that of x but for what comes through
+    the force; see `nystrom_reverse_stage.reference.first_cotangents`."""
+    nodes, of_force = sweep_back(
+        x, m, forces, of_positions, of_m, weights_ptr, 0, POSITIONS, PATHS, ENDS, pullback_x, BOUND_X
+    )
+    of_x, of_start = start_cotangents(nodes, of_positions, of_m, weights_ptr, POSITIONS, PATHS, ENDS)
+    if given_ptr is not None:
+        of_x += tl.load(given_ptr + offsets, mask=mask).to(of_m.dtype)
+        of_start += tl.load(given_ptr + n + offsets, mask=mask).to(of_m.dtype)
+        of_force += tl.load(given_ptr + n + n + offsets, mask=mask).to(of_m.dtype)
+    of_force += tl.load(kick_ptr).to(of_m.dtype) * of_start
+    return nodes, of_x, of_start, of_force
+
+
+@triton.jit
+def step_weights_kernel(table_ptr, dt_ptr, coefficients_ptr, weights_ptr, SHARE: tl.constexpr, RATES: tl.constexpr,
+                        SIZE: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """One program; see `reference.weights_for` and `rates_for`. The damping is in the first of the rows (κ, s, q, -γ),
+    and r = SHARE γ."""
     lanes = tl.arange(0, LANES).to(tl.int64)
     mask = lanes < SIZE
     h = tl.load(dt_ptr)
-    r = -tl.load(coefficients_ptr + 3)
-    if not GATED:
-        r = r * 0.5
+    r = -tl.load(coefficients_ptr + 3) * SHARE
     g = r * h
-    powers = (h * 0.0 + 1.0, h, h * h, g, g * h, r * g)
-    total = tl.zeros([LANES], tl.float64)
-    for k in tl.static_range(len(powers)):
-        total += tl.load(table_ptr + (k + 1) * SIZE + lanes, mask=mask, other=0.0) * powers[k]
     age = tl.load(table_ptr + lanes, mask=mask, other=0.0)
+    one = tl.load(table_ptr + SIZE + lanes, mask=mask, other=0.0)
+    of_h = tl.load(table_ptr + 2 * SIZE + lanes, mask=mask, other=0.0)
+    of_square = tl.load(table_ptr + 3 * SIZE + lanes, mask=mask, other=0.0)
+    of_g = tl.load(table_ptr + 4 * SIZE + lanes, mask=mask, other=0.0)
+    of_gh = tl.load(table_ptr + 5 * SIZE + lanes, mask=mask, other=0.0)
+    of_rg = tl.load(table_ptr + 6 * SIZE + lanes, mask=mask, other=0.0)
+    total = one + of_h * h + of_square * (h * h) + of_g * g + of_gh * (g * h) + of_rg * (r * g)
+    if RATES:
+        total = ((of_g + of_gh * h) * h + of_rg * (2 * g) - age * h * total) * SHARE
     tl.store(weights_ptr + lanes, tl.exp(-age * g) * total, mask=mask)
 
 
-def launch_step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool) -> Tensor:
+def launch_step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False) -> Tensor:
     """As `ops.nystrom.step_weights`, by the kernel."""
     numbers = table(method, gated, dt.device)
     size = numbers.shape[1]
     weights = dt.new_empty(size)
     start(
-        step_weights_kernel, 1, numbers, dt, coefficients, weights, gated, size, triton.next_power_of_2(size),
-        num_warps=4,
+        step_weights_kernel, 1, numbers, dt, coefficients, weights, 1.0 if gated else 0.5, rates, size,
+        triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
     return weights
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,6 +122,16 @@ def weights_for(table: Tensor, h: Tensor, gamma: Tensor | float, gated: bool) ->
     return torch.exp(-age * g.unsqueeze(-1)) * total
 
 
+def rates_for(table: Tensor, h: Tensor, gamma: Tensor, gated: bool) -> Tensor:
+    """The derivatives of `weights_for` with respect to γ."""
+    share = 1.0 if gated else 0.5
+    r = share * gamma
+    g = r * h
+    age, one, of_h, of_square, of_g, of_gh, of_rg = table.unbind(0)
+    total = one + of_h * h + of_square * (h * h) + of_g * g + of_gh * (g * h) + of_rg * (r * g)
+    return share * torch.exp(-age * g) * ((of_g + of_gh * h) * h + of_rg * (2 * g) - age * h * total)
+
+
 def hermite(theta: Tensor, h: Tensor | float, gamma: Tensor | float, gated: bool) -> Tensor:
     """The weights of x and m at the fractions θ of a step, [2, ·, ...] for θ [...], float64: of x, σ_x(m), x_1,
     σ_x(m_1), m, F, m_1, F_1 where the momentum has a gate, of x, m, F, x_1, m_1, F_1 without; 1 is the step's end."""
@@ -167,6 +177,19 @@ def _from_y(weights: Sequence[Tensor], s: Tensor, h: Tensor | float, half: Tenso
     return torch.stack(out)
 
 
+def ends_of(
+    gate: Callable[[Tensor], Tensor] | None,
+    x: Tensor,
+    m: Tensor,
+    force: Tensor,
+    x1: Tensor,
+    m1: Tensor,
+    force1: Tensor,
+) -> tuple[Tensor, ...]:
+    """The columns that `hermite` weighs, from both ends of a step; `gate` is σ_x, None for the identity."""
+    return (x, m, force, x1, m1, force1) if gate is None else (x, gate(m), x1, gate(m1), m, force, m1, force1)
+
+
 def combined(columns: Sequence[Tensor], weights: Tensor, row: Row) -> Tensor:
     """Σ_j weight_j columns_j, [N], over the row's columns."""
     first, *used = row
@@ -198,9 +221,69 @@ def force(u: Tensor, at: Tensor, i: int, coefficients: Tensor, gated: bool, gate
     return coefficients[i, 1] * gate(u.reshape(-1).to(at.dtype)) + linear(coefficients, gated)[i] * at
 
 
-def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool) -> Tensor:
+def sweep_back(
+    i: int,
+    x: Tensor,
+    m: Tensor,
+    forces: Sequence[Tensor],
+    of_positions: Sequence[Tensor],
+    of_m: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    gate: Gate,
+) -> tuple[list[Tensor], Tensor]:
+    """The cotangents of the M_q that X_i does not look at, and of F_i, [N] each.
+
+    Args:
+        x, m: at the step's start.
+        forces: F_0 … F_s-2; with a gate, else anything.
+        of_positions: the cotangents of X_i+1 … X_s-1.
+        of_m: that of m at the end.
+        gate: σ_x.
+    """
+    nodes, first = list[Tensor](), len(plan.positions[i - 1]) - 1 if i else 0
+    for q in range(first, len(plan.paths)):
+        momentum = combined((x, m, *forces), weights, plan.paths[q])
+        of_gate = transposed(of_positions, weights, plan.positions[i:], q)
+        nodes.append(gate.pullback(of_gate, momentum, gate(momentum)))
+    own = transposed([of_m], weights, plan.ends[:1], 2 + i)
+    if plan.gated:
+        return nodes, own + transposed(nodes, weights, plan.paths[first:], 2 + i)
+    return nodes, own + transposed(of_positions, weights, plan.positions[i:], 2 + i)
+
+
+def transposed(cotangents: Sequence[Tensor], weights: Tensor, rows: Sequence[Row], column: int) -> Tensor:
+    """Σ_k weight_k cotangents_k, [N], of this column in each of the rows."""
+    total = torch.zeros_like(cotangents[0])
+    for cotangent, (first, *used) in zip(cotangents, rows, strict=True):
+        if column < len(used) and used[column]:
+            total = total + weights[first + column] * cotangent
+    return total
+
+
+def start_cotangents(
+    nodes: Sequence[Tensor], of_positions: Sequence[Tensor], of_m: Tensor, weights: Tensor, plan: Plan
+) -> list[Tensor]:
+    """The cotangents of x and m at the step's start, but for what comes through the force there, [N] each.
+
+    Args:
+        nodes: those of all M_q.
+        of_positions: those of X_1 … X_s-1.
+        of_m: that of m at the end.
+    """
+    of_x, of_start = (transposed([of_m], weights, plan.ends[:1], column) for column in (0, 1))
+    if plan.gated:
+        for of_position in of_positions:
+            of_x = of_x + of_position
+        return [of_x, of_start + transposed(nodes, weights, plan.paths, 1)]
+    given = (transposed(of_positions, weights, plan.positions, column) for column in (0, 1))
+    return [own + through for own, through in zip((of_x, of_start), given, strict=True)]
+
+
+def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False) -> Tensor:
     """See `ops.nystrom.step_weights`."""
-    return weights_for(table(method, gated, dt.device), dt[0], -coefficients[0, 3], gated)
+    run = rates_for if rates else weights_for
+    return run(table(method, gated, dt.device), dt[0], -coefficients[0, 3], gated)
 
 
 def dense_weights(theta: Tensor, dt: Tensor, coefficients: Tensor, gated: bool) -> Tensor:

@@ -1,15 +1,15 @@
 """Triton kernel: from the field's output at one stage of a method of `nesterov_triton.nystrom` to its next argument.
 
 What is stored was decided by counting rows of N values, of a whole step whose first force is known, its finish
-included; blanes_moan4 is the only one where a position looks at momenta of earlier stages:
+included, with a gate on the momentum or without:
 
-| kept of earlier stages                             | nystrom4 | nystrom6 | blanes_moan4 |
-|----------------------------------------------------|----------|----------|--------------|
-| F_j, X_i and, with a gate, σ_x(M_q) of each        | 29 to 38 | 50       | 62 to 83     |
-| F_j alone, X_i and M_q computed again              | **26**   | **45**   | **56**       |
-| u_j alone, everything computed again               | 24       | 41       | 51           |
+| kept of earlier stages                | nystrom4 | nystrom6 | blanes_moan4 |
+|---------------------------------------|----------|----------|--------------|
+| F_j and X_j                           | 31       | 53       | 67           |
+| F_j alone, X_j and M_q computed again | **26**   | **45**   | **56**       |
+| u_j alone, everything computed again  | 24       | 41       | 51           |
 
-A launch reads x, m, the output and the earlier forces, and writes the new force and h: with these in registers X_i is
+A launch reads x, m, the output and the earlier forces, and writes the new force and h: with these in registers X_j is
 a few more products, and the gates of M_q are hidden behind the memory. The last line is the floor; it is not what is
 done, for the reasons that `momentum_stage.kernel` gives.
 """
