@@ -48,12 +48,17 @@ import nesterov_triton as nt  # noqa: E402
 from benchmarks import timing, traffic  # noqa: E402
 from benchmarks.problems import BOUND, T0, T1, TOLERANCE, XI, Problem, TorchdiffeqSystem, relative_error  # noqa: E402
 from benchmarks.report import Line, commit, table, today, versions  # noqa: E402
+from nesterov_triton import nystrom  # noqa: E402
 from nesterov_triton.ops import dispatch  # noqa: E402
+from nesterov_triton.ops.nystrom.reference import size_of  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 ROOT = Path(__file__).parent.parent
-TESTS = ("kernels", "adjoint_kernels", "first_order_kernels", "dense_output_kernels", "fused", "device_loop")
-DOPRI5 = nt.tableaus.get("dopri5")
+TESTS = (
+    "kernels", "adjoint_kernels", "first_order_kernels", "dense_output_kernels", "nystrom_kernels", "fused",
+    "fused_nystrom", "device_loop",
+)  # fmt: skip
+DOPRI5, NYSTROM4 = nt.tableaus.get("dopri5"), nystrom.METHODS["nystrom4"]
 GATE = nt.gates.Softclip(BOUND)
 
 
@@ -136,6 +141,11 @@ def small_run() -> None:
         h = torch.randn(193, 7, device=DEVICE).requires_grad_()
         layer(h).square().sum().backward()
         print(kind.__name__, gradient, layer.stats)
+    for kind, loop in itertools.product((nt.NesterovNODE, nt.GNesterovNODE), loops):
+        layer = kind(Affine().to(DEVICE), t=(1.0, 1.4, 2.0), method="nystrom4", loop=loop, rtol=1e-2, atol=1e-2)
+        h = torch.randn(193, 7, device=DEVICE).requires_grad_()
+        layer(h).square().sum().backward()
+        print(kind.__name__, "nystrom4", layer.stats)
 
 
 class Affine(nn.Module):
@@ -186,16 +196,17 @@ def accuracy(scale: Scale) -> dict[str, Any]:
         (torch.float16, 1e-2),
     ):
         problem = problem_on(DEVICE, dtype, scale.batch)
-        for gradient in ("discrete", "adjoint"):
+        for gradient, method in (("discrete", "dopri5"), ("adjoint", "dopri5"), ("discrete", "nystrom4")):
             results = {}
             for name in ("kernels", "torch"):
                 with path(name == "kernels"):
-                    one = layer(problem, gradient, rtol=tolerance, atol=tolerance)
+                    one = layer(problem, gradient, method=method, rtol=tolerance, atol=tolerance)
                     out = one(problem.h0)
                     results[name] = (out.detach(), problem.gradients(out), one.stats)
             out, grads, stats = results["kernels"]
             plain, plain_grads, plain_stats = results["torch"]
-            found[f"{str(dtype).removeprefix('torch.')} {gradient}"] = {
+            which = gradient if method == "dopri5" else f"{gradient}, {method}"
+            found[f"{str(dtype).removeprefix('torch.')} {which}"] = {
                 "path": stats.path, "path_backward": stats.path_backward, "tolerance": tolerance,
                 "error": relative_error(out, truth),
                 "gradient_error": max(map(relative_error, grads, gradients)),
@@ -247,8 +258,8 @@ def copy_bandwidth(scale: Scale) -> float:
 
 
 def launches(n: int, dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], object]]]:
-    """One launch each of the kernels of a dopri5 step: rows of n values moved, and the call."""
-    ops, tableau = _Ops(), DOPRI5
+    """One launch each of the kernels of a dopri5 step, and of a nystrom4 step: rows of n values moved, and the call."""
+    ops, tableau, method = _Ops(), DOPRI5, NYSTROM4
     rows = [torch.randn(n, device=DEVICE).to(dtype) for _ in range(16)]
     z, a, end = (torch.randn(2 * n, device=DEVICE).to(dtype) for _ in range(3))
     c = torch.rand(7, 4, dtype=torch.float64, device=DEVICE)
@@ -256,6 +267,7 @@ def launches(n: int, dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], ob
     gates = GATE, GATE
     u, k, v = rows[:2], rows[2:9], rows[9:16]
     weights = torch.rand(4, 7, dtype=torch.float64, device=DEVICE)
+    own, rates = (torch.rand(size_of(method, True), dtype=torch.float64, device=DEVICE) for _ in range(2))
     stage = traffic.momentum_stage
     return {
         "momentum stage 1": (
@@ -301,6 +313,22 @@ def launches(n: int, dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], ob
         "first-order reverse stage 0": (
             traffic.first_order_reverse_stage(tableau, 0, 6).rows,
             lambda: ops.first_order_reverse_stage(rows[0], v[:5], dt, tableau, 6, None),
+        ),
+        "nystrom stage 2": (
+            traffic.nystrom_stage(method, True, 2).rows,
+            lambda: ops.nystrom_stage(rows[0], z, k[:2], c, own, method, *gates, True),
+        ),
+        "nystrom finish": (
+            traffic.nystrom_finish(method, True).rows,
+            lambda: ops.nystrom_finish(rows[0], z, k[:3], c, own, tol, tol, method, *gates, True),
+        ),
+        "nystrom reverse stage 0": (
+            traffic.nystrom_reverse_stage(method, True, 0).rows,
+            lambda: ops.nystrom_reverse_stage(rows[0], z, k[:3], end, v[:1], v[1], c, own, dt, method, *gates, None),
+        ),
+        "nystrom reverse finish": (
+            traffic.nystrom_reverse_finish(method, True, quadratures=True).rows,
+            lambda: ops.nystrom_reverse_finish(z, k[:3], end, v[:2], v[2], c, own, dt, method, GATE, None, rates),
         ),
     }  # fmt: skip
 
@@ -400,8 +428,8 @@ def loops(scale: Scale) -> dict[str, Any]:
             floor = graph.replay
         found[f"{calls} field calls"] = 1e6 * wall(floor, scale)
     for loop in ("graph", "eager"):
-        for gradient in ("discrete", "adjoint"):
-            ours = layer(problem, gradient, loop=loop)
+        for gradient, method in (("discrete", "dopri5"), ("adjoint", "dopri5"), ("discrete", "nystrom4")):
+            ours = layer(problem, gradient, loop=loop, method=method)
             forward = torch.no_grad()(lambda ours=ours: ours(problem.h0.detach()))
 
             def train(ours: nn.Module = ours) -> object:
@@ -415,6 +443,7 @@ def loops(scale: Scale) -> dict[str, Any]:
                 said = (ours.stats.loop, ours.stats.loop_backward) if name == "training" else (ours.stats.loop,)
                 attempts = ours.stats.accepted + ours.stats.rejected
                 which = name if name == "forward" else f"{name}, {gradient}"
+                which += "" if method == "dopri5" else f", {method}"
                 found[f"{which}, {loop}: an attempted step"] = 1e6 * wall(call, scale) / attempts
                 found[f"{which}, {loop}: loops"] = list(said)
     found["step over field"] = found["forward, graph: an attempted step"] / found[f"{calls} field calls"]
@@ -449,6 +478,7 @@ def compare(problem: Problem, scale: Scale, backpropagation: bool) -> dict[str, 
     tolerances: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE}
     ours = {gradient: layer(problem, gradient, loop="graph") for gradient in ("discrete", "adjoint")}
     eager = {gradient: layer(problem, gradient, loop="eager") for gradient in ("discrete", "adjoint")}
+    nystrom4 = layer(problem, "discrete", loop="graph", method="nystrom4")
 
     def plain(solve: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
@@ -468,7 +498,9 @@ def compare(problem: Problem, scale: Scale, backpropagation: bool) -> dict[str, 
         "forward, eager loop": forward(eager["discrete"]),
         "forward, plain torch": plain(forward(eager["discrete"])),
         "forward, odeint": forward(lambda h0: peer.solve(h0, **tolerances)),
+        "forward, nystrom4": forward(nystrom4),
         "train, discrete": train(ours["discrete"]),
+        "train, discrete, nystrom4": train(nystrom4),
         "train, adjoint": train(ours["adjoint"]),
         "train, discrete, eager loop": train(eager["discrete"]),
         "train, adjoint, eager loop": train(eager["adjoint"]),

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nesterov_triton import tableaus
+from nesterov_triton import nystrom, tableaus
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops.nystrom.reference import Plan, Row, plan_of
 from nesterov_triton.tableaus import Tableau
@@ -285,12 +285,12 @@ def momentum_dense_output(tableau: Tableau, times: int) -> Launch:
     return Launch("momentum dense output", 2 + len(slopes), 2 * times)
 
 
-def nystrom_stage(method: Nystrom, gated: bool, known: int, output: bool = True) -> Launch:
+def nystrom_stage(method: Nystrom, gated: bool, known: int, output: bool = True, ahead: bool = True) -> Launch:
     """The launch that takes the field's output at the stage after the `known` forces, if there is one, to that stage's
-    force and to the features of the stage after it; see `ops.nystrom_stage`."""
+    force, and `ahead` to the features of the stage after it; see `ops.nystrom_stage`."""
     plan, following = plan_of(method, gated), known + output
-    needed = _position(plan, following) | (_position(plan, known) if output else set())
-    return Launch(f"Nystrom stage {following}", len(needed - {2 + known}) + output, 1 + output)
+    needed = (_position(plan, following) if ahead else set()) | (_position(plan, known) if output else set())
+    return Launch(f"Nystrom stage {following}", len(needed - {2 + known}) + output, ahead + output)
 
 
 def nystrom_finish(method: Nystrom, gated: bool) -> Launch:
@@ -314,6 +314,43 @@ def nystrom_floor(method: Nystrom, gated: bool) -> int:
     return sum(launch.rows for launch in nystrom_step(method, gated)) - (method.stages - 2)
 
 
+def nystrom_reverse_stage(method: Nystrom, gated: bool, stage: int) -> Launch:
+    """The launch that forms the cotangent of the field's output at a stage, and that of the position after it; see
+    `ops.nystrom_reverse_stage`."""
+    plan, through = plan_of(method, gated), stage < method.stages - 2
+    needed = _of_force(plan, stage)
+    if stage == 0:
+        needed |= _of_start(plan)  # by the kick
+    if through:
+        needed = (needed | _of_force(plan, stage + 1)) - {("position", stage + 1)}
+    return Launch(f"Nystrom reverse stage {stage}", 1 + through + len(needed), 1 + through)
+
+
+def nystrom_reverse_finish(method: Nystrom, gated: bool, quadratures: bool = False) -> Launch:
+    """The launch that ends the sweep over a step; the quadratures' second half reads no rows."""
+    plan, last = plan_of(method, gated), method.stages - 1
+    needed = _of_force(plan, 0) | _of_start(plan) | {("position", i) for i in range(1, method.stages)}
+    if quadratures:
+        needed |= {("column", j) for j in range(2 + last)}
+    return Launch("Nystrom reverse finish", 1 + len(needed), 2)
+
+
+def nystrom_reverse_step(method: Nystrom, gated: bool) -> list[Launch]:
+    """All launches of the reverse sweep over one step of a method of `nystrom`: forward again from (x, m), and back."""
+    last = method.stages - 1
+    again = [nystrom_stage(method, gated, known) for known in range(last - 1)]
+    if gated:  # which looks at all forces
+        again.append(nystrom_stage(method, gated, last - 1, ahead=False))
+    back = [nystrom_reverse_stage(method, gated, stage) for stage in reversed(range(last))]
+    return [nystrom_stage(method, gated, 0, output=False), *again, *back, nystrom_reverse_finish(method, gated)]
+
+
+def nystrom_reverse_floor(method: Nystrom, gated: bool) -> int:
+    """As `momentum_floor`: neither forces nor cotangents of positions are written."""
+    positions = method.stages - 2
+    return sum(launch.rows for launch in nystrom_reverse_step(method, gated)) - (2 * positions + gated)
+
+
 def nystrom_dense_output(times: int) -> Launch:
     """The launch that gives the states at so many times inside a step; at the floor."""
     return Launch("Nystrom dense output", 6, 2 * times)
@@ -332,6 +369,40 @@ def _position(plan: Plan, i: int) -> set[int]:
     return set[int]({0}).union(*(_columns(plan.paths[q]) for q in found)) if plan.paths else found
 
 
+Held = tuple[str, int]  # a row: ("column", j) is x, m, F_0, …; ("position", i) the cotangent of X_i, the last one λ_x
+
+
+def _of_force(plan: Plan, i: int) -> set[Held]:
+    """What the cotangent of F_i is made of."""
+    found = _of_momentum(plan, 2 + i)
+    if not plan.paths:
+        return found | _of_positions(plan, i, 2 + i)
+    return found.union(*(_of_node(plan, q, i) for q, path in enumerate(plan.paths) if 2 + i in _columns(path)))
+
+
+def _of_start(plan: Plan) -> set[Held]:
+    """What the cotangent of m at the start of a step is made of."""
+    found = _of_momentum(plan, 1)
+    if not plan.paths:
+        return found | _of_positions(plan, 0, 1)
+    return found.union(*(_of_node(plan, q, 0) for q, path in enumerate(plan.paths) if 1 in _columns(path)))
+
+
+def _of_node(plan: Plan, q: int, i: int) -> set[Held]:
+    """What the cotangent of M_q is made of, by the positions after X_i."""
+    return _of_positions(plan, i, q) | {("column", j) for j in _columns(plan.paths[q])}
+
+
+def _of_momentum(plan: Plan, column: int) -> set[Held]:
+    """λ_m, where this column leads to m at the end."""
+    return {("momentum", 0)} if column in _columns(plan.ends[0]) else set()
+
+
+def _of_positions(plan: Plan, i: int, column: int) -> set[Held]:
+    """The cotangents of the positions after X_i that this column leads to."""
+    return {("position", k + 1) for k, row in enumerate(plan.positions) if k >= i and column in _columns(row)}
+
+
 def step_bytes(launches: Sequence[Launch], tableau: Tableau | Nystrom, n: int, itemsize: int) -> int:
     """Bytes of a step on rows of `n` values of `itemsize` bytes."""
     programs = -(-n * itemsize // _BLOCK_BYTES)
@@ -341,8 +412,8 @@ def step_bytes(launches: Sequence[Launch], tableau: Tableau | Nystrom, n: int, i
 
 
 def main() -> None:
-    """Print the counts of one dopri5 step."""
-    tableau, n, itemsize = tableaus.get("dopri5"), 2**24, 4
+    """Print the counts of one step of dopri5 and of nystrom4."""
+    tableau, nystrom4, n, itemsize = tableaus.get("dopri5"), nystrom.METHODS["nystrom4"], 2**24, 4
     first_order = first_order_step(tableau), first_order_adjoint_step(tableau), first_order_reverse_step(tableau, 6)
     for launches, floor in (
         (momentum_step(tableau), momentum_floor(tableau)),
@@ -352,6 +423,9 @@ def main() -> None:
         (momentum_reverse_step(tableau), momentum_reverse_floor(tableau)),
         (momentum_reverse_step(tableau, pairs=False), momentum_reverse_floor(tableau, pairs=False)),
         *((at_floor, sum(launch.rows for launch in at_floor)) for at_floor in first_order),
+        (nystrom_step(nystrom4, gated=True), nystrom_floor(nystrom4, gated=True)),
+        (nystrom_reverse_step(nystrom4, gated=False), nystrom_reverse_floor(nystrom4, gated=False)),
+        (nystrom_reverse_step(nystrom4, gated=True), nystrom_reverse_floor(nystrom4, gated=True)),
     ):
         for launch in launches:
             print(f"{launch.kernel:28s} reads {launch.read:2d} rows, writes {launch.written}")

@@ -41,6 +41,8 @@ from nesterov_triton.ops.nystrom import kernel as nystrom_weights
 from nesterov_triton.ops.nystrom.reference import size_of
 from nesterov_triton.ops.nystrom_dense_output import kernel as nystrom_dense_output
 from nesterov_triton.ops.nystrom_finish import kernel as nystrom_finish
+from nesterov_triton.ops.nystrom_reverse_finish import kernel as nystrom_reverse_finish
+from nesterov_triton.ops.nystrom_reverse_stage import kernel as nystrom_reverse_stage
 from nesterov_triton.ops.nystrom_stage import kernel as nystrom_stage
 
 N = 1 << 16
@@ -236,6 +238,12 @@ def nystrom_cases():  # type: ignore[no-untyped-def]
                     yield f"nystrom stage {forces} {name} float32{label}", nystrom_stage_call(method, forces, gate)
                 yield f"nystrom finish {name} float32{label}", nystrom_finish_call(method, gate)
                 yield f"nystrom weights {name} float64{label}", nystrom_weights_call(method, gate)
+                for stage in {0, 1, method.stages - 2} - {method.stages - 1}:
+                    call = nystrom_reverse_stage_call(method, stage, gate)
+                    yield f"nystrom reverse stage {stage} {name} float32{label}", call
+                for wanted, sums in ((False, ""), (True, " sums")):
+                    call = nystrom_reverse_finish_call(method, gate, wanted)
+                    yield f"nystrom reverse finish {name} float32{label}{sums}", call
     nystrom4 = nystrom.METHODS["nystrom4"]
     yield "nystrom stage 0 nystrom4 float32", nystrom_stage_call(nystrom4, 0, IDENTITY)
     for dtype in (torch.float64, torch.bfloat16):
@@ -243,6 +251,9 @@ def nystrom_cases():  # type: ignore[no-untyped-def]
         yield f"nystrom stage 2 nystrom4 {name} gated", nystrom_stage_call(nystrom4, 2, SOFTCLIP, dtype)
         yield f"nystrom finish nystrom4 {name} gated", nystrom_finish_call(nystrom4, SOFTCLIP, dtype)
         yield f"nystrom finish nystrom6 {name}", nystrom_finish_call(nystrom.METHODS["nystrom6"], IDENTITY, dtype)
+        yield f"nystrom reverse stage 1 nystrom4 {name} gated", nystrom_reverse_stage_call(nystrom4, 1, SOFTCLIP, dtype)
+        call = nystrom_reverse_finish_call(nystrom4, SOFTCLIP, True, dtype)
+        yield f"nystrom reverse finish nystrom4 {name} gated sums", call
     for dtype in (torch.float32, torch.float64):
         for gate, label in ((IDENTITY, ""), (SOFTCLIP, " gated")):
             name = str(dtype).removeprefix("torch.")
@@ -268,6 +279,25 @@ def nystrom_finish_call(method, gate, dtype=torch.float32):  # type: ignore[no-u
     return lambda: nystrom_finish.launch(
         *rows(1, dtype), pair(dtype), rows(method.stages - 1, dtype), *nystrom_numbers(method, gate), *scalars(2),
         method, gate, SOFTCLIP, True,
+    )  # fmt: skip
+
+
+def nystrom_reverse_stage_call(method, stage, gate, dtype=torch.float32):  # type: ignore[no-untyped-def]
+    last = method.stages - 1
+    forces, of_positions = rows(0 if gate is IDENTITY else last, dtype), rows(max(0, last - 2 - stage), dtype)
+    through = rows(1, dtype)[0] if stage < last - 1 else None
+    return lambda: nystrom_reverse_stage.launch(
+        *rows(1, dtype), pair(dtype), forces, pair(dtype), of_positions, through, *nystrom_numbers(method, gate),
+        *scalars(1), method, gate, SOFTCLIP, None,
+    )  # fmt: skip
+
+
+def nystrom_reverse_finish_call(method, gate, sums, dtype=torch.float32):  # type: ignore[no-untyped-def]
+    last, (coefficients, weights) = method.stages - 1, nystrom_numbers(method, gate)
+    forces = rows(last if sums or gate is not IDENTITY else 0, dtype)
+    return lambda: nystrom_reverse_finish.launch(
+        pair(dtype), forces, pair(dtype), rows(last - 1, dtype), *rows(1, dtype), coefficients, weights, *scalars(1),
+        method, gate, None, weights if sums else None,
     )  # fmt: skip
 
 

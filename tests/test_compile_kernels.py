@@ -107,6 +107,11 @@ NARROWER = (
     "adjoint finish dopri5 float32 sums",
     "adjoint finish dopri8 float32 sums",
     "reverse finish 7 dopri5 float32 m seeds sums",
+    "nystrom reverse finish nystrom6 float32 sums",
+    "nystrom reverse finish blanes_moan4 float32 sums",
+    "nystrom reverse finish blanes_moan4 float32 gated sums",
+    "nystrom reverse stage 1 nystrom4 float64 gated",
+    "nystrom reverse finish nystrom4 float64 gated sums",
 )
 
 ADJOINT = traffic.first_order_adjoint_step(DOPRI5)
@@ -147,6 +152,26 @@ EXPECTED |= {
         for label in ("", " gated")
         if not label or method is not NYSTROM6
     },
+    **{
+        f"nystrom reverse stage {stage} {method.name} float32{label}": traffic.nystrom_reverse_stage(
+            method, bool(label), stage
+        )
+        for method in nystrom.METHODS.values()
+        for label in ("", " gated")
+        if not label or method is not NYSTROM6
+        for stage in sorted({0, 1, method.stages - 2} - {method.stages - 1})
+    },
+    **{
+        f"nystrom reverse finish {method.name} float32{label}{sums}": traffic.nystrom_reverse_finish(
+            method, bool(label), bool(sums)
+        )
+        for method in nystrom.METHODS.values()
+        for label in ("", " gated")
+        for sums in ("", " sums")
+        if not label or method is not NYSTROM6
+    },
+    "nystrom reverse stage 1 nystrom4 float64 gated": traffic.nystrom_reverse_stage(NYSTROM4, True, 1),
+    "nystrom reverse finish nystrom4 float64 gated sums": traffic.nystrom_reverse_finish(NYSTROM4, True, True),
     "nystrom stage 0 nystrom4 float32": traffic.nystrom_stage(NYSTROM4, False, 0, output=False),
     "nystrom stage 2 nystrom4 float64 gated": traffic.nystrom_stage(NYSTROM4, True, 2),
     "nystrom finish nystrom6 float64": traffic.nystrom_finish(NYSTROM6, False),

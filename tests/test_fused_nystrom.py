@@ -24,6 +24,7 @@ PAIRS = [
 ]
 PAIRS = [(*pair, list(TIMES)[k % 3]) for k, pair in enumerate(p for p in PAIRS if p != ("GHBNODE", "nystrom6"))]
 FIXED = {"step_size": 0.3}
+STEPS = traffic.nystrom_step, traffic.nystrom_reverse_step
 
 
 @pytest.fixture(autouse=True)
@@ -87,20 +88,24 @@ def test_a_field_that_uses_its_memory_again(take, options):
 def test_a_step_takes_the_launches_that_are_counted(take, method, monkeypatch):
     take("kernels")
     from nesterov_triton.ops.nystrom_finish import kernel as finish
+    from nesterov_triton.ops.nystrom_reverse_finish import kernel as reverse_finish
+    from nesterov_triton.ops.nystrom_reverse_stage import kernel as reverse_stage
     from nesterov_triton.ops.nystrom_stage import kernel as stage
 
     started, start = [], norm.start
-    for module in (stage, finish, norm):
+    for module in (stage, finish, reverse_stage, reverse_finish, norm):
         monkeypatch.setattr(module, "start", lambda kernel, *a, **k: (started.append(kernel), start(kernel, *a, **k)))
     counts = []
     for step in (1.0, 0.25):
         started.clear()
         layer = nt.NesterovNODE(Field(), method=method, step_size=step).double().to(DEVICE)
-        with torch.no_grad():
-            layer(features(3, 2).to(DEVICE))
+        out = layer(features(3, 2).to(DEVICE))
         assert layer.stats.nfe_forward == layer.stats.accepted * (METHODS[method].stages - 1) + 1
-        counts.append(len(started))
-    assert counts[1] - counts[0] == 3 * len(traffic.nystrom_step(METHODS[method], gated=False))
+        forward = len(started)
+        out.sum().backward()
+        counts.append((forward, len(started) - forward))
+    ahead, back = (3 * len(step(METHODS[method], gated=False)) for step in STEPS)
+    assert [b - a for a, b in zip(*counts, strict=True)] == [ahead, back]
 
 
 def test_the_operators_take_what_a_step_is_made_of():

@@ -460,7 +460,7 @@ def test_fewer_evaluations_of_both_passes_for_the_same_error_of_the_adjoint_grad
 def test_a_step_too_long_for_the_exponential(gate: str | None) -> None:
     """Forwards it decays to nothing; backwards it grows to what is not finite."""
     flow = systems.Momentum(lambda t, x: -x, damping=3.0, **({} if gate is None else {"gate_x": gate}))
-    for loop in ("eager", "device"):
+    for loop in ("eager", "graph"):
         options = {"method": "nystrom4", "step_size": 500.0, "loop": loop}
         ahead = nt.solve(flow, start(), (0.0, 500.0), **options).final
         assert all(bool(torch.isfinite(part).all()) for part in ahead)

@@ -29,7 +29,14 @@ from kernel_support import (
 
 from nesterov_triton import gates
 from nesterov_triton.nystrom import METHODS
-from nesterov_triton.ops import dispatch, nystrom_dense_output, nystrom_finish, nystrom_stage
+from nesterov_triton.ops import (
+    dispatch,
+    nystrom_dense_output,
+    nystrom_finish,
+    nystrom_reverse_finish,
+    nystrom_reverse_stage,
+    nystrom_stage,
+)
 from nesterov_triton.ops.nystrom import kernel, reference
 from nesterov_triton.ops.nystrom.reference import plan_of
 
@@ -37,7 +44,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 SIZES = (1025, 1, 7, 517)
 NYSTROM4, NYSTROM6 = METHODS["nystrom4"], METHODS["nystrom6"]
 GATES = ((SOFTCLIP, SOFTCLIP), (IDENTITY, HARDTANH), (HARDTANH, TANH), (ODD, IDENTITY), (IDENTITY, IDENTITY))
-OPERATORS = ("nystrom_stage", "nystrom_finish", "nystrom_dense_output")
+OPERATORS = (
+    "nystrom_stage", "nystrom_finish", "nystrom_dense_output", "nystrom_reverse_stage", "nystrom_reverse_finish"
+)  # fmt: skip
 
 
 def weights_of(method, gated, h=0.3, gamma=0.7):
@@ -52,6 +61,23 @@ def arguments(method, forces, n, dtype, gated, output=True):
     c = torch.rand(method.stages, 4, dtype=F64).to(DEVICE) * 2 - 1
     known = [normal(n, dtype=dtype) for _ in range(forces)]
     return u, normal(2 * n, dtype=dtype) * 3, known, c, weights_of(method, gated)
+
+
+def reverse_arguments(method, stage, n, dtype, gated, given=False, forces=None):
+    """z, forces, cotangent, of_positions, through, coefficients, weights, kick; given: for the launch of a stage, of
+    the finish for stage -1."""
+    last = method.stages - 1
+    known = [normal(n, dtype=dtype) for _ in range(last if forces or gated else 0)]
+    of_positions = [normal(n, dtype=dtype) for _ in range(max(last - 2 - stage, 0))]
+    through = normal(n, dtype=dtype) if stage < last - 1 else None
+    c = torch.rand(method.stages, 4, dtype=F64).to(DEVICE) * 2 - 1
+    rows = normal(2 * n, dtype=dtype) * 3, known, normal(2 * n, dtype=dtype), of_positions, through
+    extra = normal(3 * n, dtype=dtype) if given else None
+    return (*rows, c, weights_of(method, gated), scalar([0.2])), extra
+
+
+def rates_of(method, gated):
+    return reference.step_weights(scalar([0.3]), scalar([[1.0, 1.0, 0.0, -0.7]]), method, gated, rates=True)
 
 
 def able(method, pair):
@@ -92,6 +118,45 @@ def test_finish(method, pair, dtype, n):
         all_close(actual[:2], expected[:2])
         close_norms(actual.error, expected.error, dtype)
         assert (expected.error > 0) == adaptive
+
+
+@CASES
+def test_reverse_stage(method, pair, dtype, n):
+    gated = pair[0] is not IDENTITY
+    for stage, given in [*((i, False) for i in range(method.stages - 1)), (0, True)]:
+        rows, extra = reverse_arguments(method, stage, n, dtype, gated, given)
+        arguments = (normal(n, dtype=dtype) * 3, *rows, method, *pair, extra)
+        all_close(KERNELS["nystrom_reverse_stage"](*arguments), REFERENCES["nystrom_reverse_stage"](*arguments))
+
+
+@CASES
+def test_reverse_finish(method, pair, dtype, n):
+    gated = pair[0] is not IDENTITY
+    for rates, given in ((None, False), (None, True), (rates_of(method, gated), True)):
+        rows, extra = reverse_arguments(method, -1, n, dtype, gated, given, rates is not None)
+        arguments = (*rows, method, pair[0], extra, rates)
+        actual, expected = (run["nystrom_reverse_finish"](*arguments) for run in (KERNELS, REFERENCES))
+        close(actual.cotangent, expected.cotangent)
+        assert (actual.quadratures is None) == (expected.quadratures is None) == (rates is None)
+        if rates is not None:
+            assert actual.quadratures.dtype == F64
+            # Sums of values computed in float32 at least.
+            eps = torch.finfo(F64 if dtype == F64 else F32).eps
+            torch.testing.assert_close(actual.quadratures, expected.quadratures, rtol=64 * eps, atol=64 * eps * n)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_rates_are_derivatives_of_weights(method, gated):
+    """Against those that autograd makes of the weights, and of the kernel."""
+    if gated and method.gated is None:
+        return
+    gamma = torch.tensor(0.7, dtype=F64, device=DEVICE)
+    numbers, h = reference.table(method, gated, gamma.device), torch.tensor(0.3, dtype=F64, device=DEVICE)
+    expected = torch.func.jacfwd(lambda gamma: reference.weights_for(numbers, h, gamma, gated))(gamma)
+    torch.testing.assert_close(rates_of(method, gated), expected, rtol=1e-13, atol=1e-15)
+    given = scalar([0.3]), scalar([[1.0, 1.0, 0.0, -0.7]] * 2), method, gated, True
+    torch.testing.assert_close(kernel.launch_step_weights(*given), expected, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("times", [0, 1, 3])
@@ -167,6 +232,12 @@ def test_empty_state():
         u, z, forces, *rest = given
         done = run["nystrom_stage"](u, z, forces[:1], *rest, NYSTROM4, ODD, ODD, True)
         assert [x.numel() for x in done] == [0, 0]
+        (z, *rest), _ = reverse_arguments(NYSTROM4, 1, 0, F32, True)
+        done = run["nystrom_reverse_stage"](u, z, *rest, NYSTROM4, ODD, ODD, None)
+        assert [x.numel() for x in done] == [0, 0]
+        rows, _ = reverse_arguments(NYSTROM4, -1, 0, F32, True)
+        done = run["nystrom_reverse_finish"](*rows, NYSTROM4, ODD, None, rates_of(NYSTROM4, True))
+        assert [x.tolist() for x in done] == [[], [0.0, 0.0]]
 
 
 # --- the operators
@@ -182,9 +253,15 @@ def operator_cases():
     yield nystrom_finish._operator, (u, z, forces, c, weights, c[0, 0], c[0, 1], "nystrom4", *form, True)
     dense = torch.rand(3, 2, 8, dtype=F64, device=DEVICE)
     yield nystrom_dense_output._operator, (z, u, z + 1, u, dense, *form[:2])
+    for stage, given in ((2, False), (0, True)):
+        rows, extra = reverse_arguments(NYSTROM4, stage, 65, F32, True, given)
+        yield nystrom_reverse_stage._operator, (u, *rows, "nystrom4", *form, extra)
+    for rates in (None, rates_of(NYSTROM4, True)):
+        rows, extra = reverse_arguments(NYSTROM4, -1, 65, F32, True)
+        yield nystrom_reverse_finish._operator, (*rows, "nystrom4", *form[:2], extra, rates)
 
 
-@pytest.mark.parametrize("k", range(5))
+@pytest.mark.parametrize("k", range(9))
 def test_operators_are_registered_as_torch_wants(k):
     operator, given = list(operator_cases())[k]
     torch.library.opcheck(operator, given)
@@ -195,10 +272,16 @@ def calls():
     u, z, forces, c, weights = arguments(NYSTROM4, 3, 65, F32, True)
     tol, dense = scalar(1e-3), torch.rand(3, 2, 8, dtype=F64, device=DEVICE)
     gates = SOFTCLIP, SOFTCLIP
+    back, _ = reverse_arguments(NYSTROM4, 1, 65, F32, True)
+    (start, _), rates = reverse_arguments(NYSTROM4, -1, 65, F32, True), rates_of(NYSTROM4, True)
     return {
         "nystrom_stage": lambda x: nystrom_stage.nystrom_stage(x, z, forces[:2], c, weights, NYSTROM4, *gates),
         "nystrom_finish": lambda x: nystrom_finish.nystrom_finish(x, z, forces, c, weights, tol, tol, NYSTROM4, *gates),
         "nystrom_dense_output": lambda x: nystrom_dense_output.nystrom_dense_output(z, x, z, x, dense, SOFTCLIP),
+        "nystrom_reverse_stage": lambda x: nystrom_reverse_stage.nystrom_reverse_stage(x, *back, NYSTROM4, *gates),
+        "nystrom_reverse_finish": lambda x: nystrom_reverse_finish.nystrom_reverse_finish(
+            *start[:4], x, *start[5:], NYSTROM4, SOFTCLIP, None, rates
+        ),
     }, u
 
 
@@ -231,6 +314,12 @@ def test_a_gate_without_a_triton_form_takes_the_reference():
     dense = torch.rand(3, 2, 8, dtype=F64, device=DEVICE)
     done = [nystrom_dense_output.nystrom_dense_output(z, u, z, u, dense, g) for g in (own, TANH)]
     torch.testing.assert_close(*done)
+    rows, _ = reverse_arguments(NYSTROM4, 1, 5, F64, True)
+    run = nystrom_reverse_stage.nystrom_reverse_stage
+    torch.testing.assert_close(*(run(u, *rows, NYSTROM4, g, g).cotangent for g in (own, TANH)))
+    rows, _ = reverse_arguments(NYSTROM4, -1, 5, F64, True)
+    last = nystrom_reverse_finish.nystrom_reverse_finish
+    torch.testing.assert_close(*(last(*rows, NYSTROM4, g).cotangent for g in (own, TANH)))
 
 
 @pytest.mark.parametrize(
@@ -272,6 +361,27 @@ def test_other_arguments_that_a_kernel_would_misread_are_refused():
         nystrom_dense_output.nystrom_dense_output(z, x, z, x, torch.zeros(1, 2, 6), SOFTCLIP)
     with pytest.raises(ValueError, match="end_force must be contiguous, of 5 elements"):
         nystrom_dense_output.nystrom_dense_output(z, x, z, z, torch.zeros(1, 2, 8), SOFTCLIP)
+
+
+def test_arguments_of_the_reverse_sweep_that_a_kernel_would_misread_are_refused():
+    x, given = torch.zeros(5), torch.zeros(15)
+    numbers = torch.zeros(4, 4), torch.zeros(61), torch.zeros(1)
+    rest, z = (NYSTROM4, SOFTCLIP, SOFTCLIP), torch.zeros(10)
+    stage, finish = nystrom_reverse_stage.nystrom_reverse_stage, nystrom_reverse_finish.nystrom_reverse_finish
+    with pytest.raises(ValueError, match="2 forces for nystrom4, which looks at 3"):
+        stage(x, z, [x, x], z, [], None, *numbers, *rest)
+    with pytest.raises(ValueError, match="no stage for output before 3 others of nystrom4: it has 4"):
+        stage(x, z, [x, x, x], z, [x, x], x, *numbers, *rest)
+    with pytest.raises(ValueError, match="through must be contiguous, of 5 elements"):
+        stage(x, z, [x, x, x], z, [], z, *numbers, *rest)
+    with pytest.raises(ValueError, match="given must be contiguous, of 15 elements"):
+        stage(x, z, [x, x, x], z, [], x, *numbers, *rest, given[:10])
+    with pytest.raises(ValueError, match="1 of_positions for nystrom4, expected 2"):
+        finish(z, [x, x, x], z, [x], x, *numbers, *rest[:2], given)
+    with pytest.raises(ValueError, match=r"weights must have shape \(61,\), got \(60,\)"):
+        finish(z, [x, x, x], z, [x, x], x, *numbers, *rest[:2], None, torch.zeros(60))
+    with pytest.raises(ValueError, match="0 forces for nystrom4, which looks at 3"):
+        finish(z, [], z, [x, x], x, numbers[0], torch.zeros(32), numbers[2], NYSTROM4, IDENTITY, None, torch.zeros(32))
 
 
 def test_on_a_cpu_the_reference_runs_and_on_a_cuda_device_the_kernel():

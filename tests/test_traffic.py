@@ -9,7 +9,7 @@ import pytest
 from benchmarks import traffic
 from nesterov_triton import nystrom, tableaus
 
-DOPRI5 = tableaus.get("dopri5")
+DOPRI5, NYSTROM4 = tableaus.get("dopri5"), nystrom.METHODS["nystrom4"]
 
 
 def test_a_dopri5_step_takes_at_most_eight_launches():
@@ -97,14 +97,30 @@ def test_rows_of_a_step_of_the_nystrom_methods():
     assert [traffic.nystrom_floor(nystrom.METHODS[name], False) for name in ("nystrom4", "nystrom6")] == [24, 41]
 
 
+@pytest.mark.parametrize(
+    ("name", "gated", "rows", "floor"),
+    [
+        ("nystrom4", False, [2, 5, 6, 4, 6, 7, 7], 33),
+        ("nystrom4", True, [2, 5, 6, 6, 8, 10, 11, 11], 54),
+        ("nystrom6", False, [2, 5, 6, 7, 8, 4, 6, 7, 8, 9, 9], 63),
+    ],
+)
+def test_rows_of_a_reverse_step_of_the_nystrom_methods(name, gated, rows, floor):
+    launches = traffic.nystrom_reverse_step(nystrom.METHODS[name], gated)
+    assert [launch.rows for launch in launches] == rows
+    assert traffic.nystrom_reverse_floor(nystrom.METHODS[name], gated) == floor
+
+
 def test_the_script_prints_both(capsys):
     traffic.main()
     said = capsys.readouterr().out
-    assert said.count("8 launches") == 3
+    assert said.count("8 launches") == 4
     assert "12 launches, 59 rows, the floor 59" in said
     assert "5 launches, 37 rows, the floor 33" in said
     assert "6 launches, 79 rows, the floor 74" in said
     assert "7 launches, 81 rows, the floor 76" in said
+    assert "5 launches, 26 rows, the floor 24" in said
+    assert "7 launches, 37 rows, the floor 33" in said
 
 
 def test_the_readme_says_what_is_counted():
@@ -114,6 +130,9 @@ def test_the_readme_says_what_is_counted():
         (traffic.first_order_step(DOPRI5), sum(launch.rows for launch in traffic.first_order_step(DOPRI5))),
         (traffic.momentum_adjoint_step(DOPRI5), traffic.momentum_adjoint_floor(DOPRI5)),
         (traffic.momentum_reverse_step(DOPRI5), traffic.momentum_reverse_floor(DOPRI5)),
+        (traffic.nystrom_step(NYSTROM4, gated=True), traffic.nystrom_floor(NYSTROM4, gated=True)),
+        (traffic.nystrom_reverse_step(NYSTROM4, gated=False), traffic.nystrom_reverse_floor(NYSTROM4, gated=False)),
+        (traffic.nystrom_reverse_step(NYSTROM4, gated=True), traffic.nystrom_reverse_floor(NYSTROM4, gated=True)),
     ]
     said = Path(__file__).parent.parent.joinpath("README.md").read_text()
     table = re.findall(r"^\| (?:forward|adjoint|discrete).*\| (\d+) \| (\d+) \| (\d+) \|$", said, flags=re.MULTILINE)

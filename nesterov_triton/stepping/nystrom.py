@@ -111,7 +111,8 @@ def plain_weights(method: Nystrom, gamma: float, h: float, gate: bool) -> list[f
     """As `weights_for`. Plain numbers: about a hundred cost less than twenty operators."""
     s, gated = method.stages, method.gated
     if not abs(gamma * h) <= FARTHEST:  # where math.exp would raise
-        return weights_for(table(method, gate, torch.device("cpu")), torch.tensor(h).double(), gamma, gate).tolist()
+        span = torch.tensor(h, dtype=torch.float64, device="cpu")
+        return weights_for(table(method, gate, span.device), span, gamma, gate).tolist()
     rate = gamma * h if gate else 0.5 * gamma * h
     late = [math.exp(rate * c) for c in method.c]  # 1 / decay
     end, found = 1 / late[-1], list[float]()

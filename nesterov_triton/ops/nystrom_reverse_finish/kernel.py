@@ -131,6 +131,8 @@ def launch(
         return ReverseFinish(found, None if rates is None else torch.zeros(2, dtype=torch.float64, device=z.device))
     plan = plan_of(method, not isinstance(gate_x, Identity))
     held = 5 + len(forces) + len(of_positions) + (1 if rates is None else 2) * len(plan.paths)
+    if rates is not None and not plan.gated:
+        held += 3 * len(plan.positions)  # X_i, the cotangent of F_i, and what the rates make of them
     programs, block, options = launch_shape(n, z.dtype, held)
     partials = None if rates is None else torch.empty((2, programs), dtype=torch.float64, device=z.device)
     start(

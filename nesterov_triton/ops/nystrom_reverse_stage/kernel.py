@@ -1,16 +1,10 @@
 """Triton kernel: from what came back through the field at one stage of a method of `nesterov_triton.nystrom` to the
 cotangent that goes back through it at the stage before.
 
-What is stored was decided by counting rows of N values, of a whole step: its stages forward again from nothing but
-(x, m), its stages back, and the finish; without a gate on the momentum, and with one:
-
-| kept of other stages                                 | nystrom4     | nystrom6 | blanes_moan4 |
-|------------------------------------------------------|--------------|----------|--------------|
-| F_j, v_j, everything else computed again             | 39, 59       | 79       | 103, 151     |
-| F_j and the cotangents of X_j, all else computed again | **37**, **57** | **74** | **97**, **145** |
-
-The cotangent of F_j, and with a gate M_q and its cotangent, are a few products of these. Forces are read for the gates'
-σ_x'(M_q) alone.
+Kept of other stages are F_j and the cotangents of X_j; the cotangent of F_j, and with a gate M_q and its cotangent, are
+a few products of these, formed again wherever they are wanted. Forces are read for the gates' σ_x'(M_q) alone. Rows of
+a whole step, its stages forward again from nothing but (x, m), its stages back, and the finish: 37 of nystrom4 and 71
+of nystrom6; 59 of nystrom4 with a gate on the momentum (`benchmarks.traffic`).
 """
 
 from __future__ import annotations
