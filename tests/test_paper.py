@@ -22,6 +22,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import nesterov_triton as nt
+from nesterov_triton.experiments import runner
 from nesterov_triton.experiments.cli import COMMANDS, device_of, main
 from nesterov_triton.experiments.data import images
 from nesterov_triton.experiments.experiment import Experiment, Settings, Split
@@ -193,6 +194,10 @@ def test_one_command_runs_one_experiment(tmp_path: Path, monkeypatch: pytest.Mon
     (made_with,) = json.loads((out / "machines.json").read_text())
     assert made_with["torch"] == torch.__version__
     assert {"processor", "commit", "python", "processes"} <= set(made_with)
+    # A machine that finds everything done has made nothing of it.
+    monkeypatch.setattr(runner, "machine", lambda *_: {"processor": "another"})
+    assert command("reproduce", "mnist", "--data", tmp_path, "--resume", "--output", out) == 0
+    assert json.loads((out / "machines.json").read_text()) == [made_with]
 
 
 def test_the_point_clouds_command_draws_trajectories(tmp_path: Path) -> None:
@@ -584,7 +589,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 def test_several_processes_go_on_where_they_were(tmp_path: Path) -> None:
     given: dict[str, Any] = {"experiment": "point-cloud", "output": tmp_path, "resume": False}
     assert device_of("compare", given) == "cpu"
-    Folder(tmp_path).prepare(replace(point_cloud.DEFAULTS, device="cuda"), {})
+    Folder(tmp_path).prepare(replace(point_cloud.DEFAULTS, device="cuda"))
     assert device_of("compare", given | {"resume": True}) == "cuda"
     assert device_of("compare", given | {"resume": True, "device": "cpu"}) == "cpu"
 

@@ -49,18 +49,21 @@ class Folder:
         for path in (*tables, *drawn, *self.checkpoints.glob("*-seed*.pt")):
             path.unlink(missing_ok=True)
 
-    def prepare(self, settings: Settings, machine: dict[str, Any]) -> None:
-        """Write the settings, and the machine under those that worked here before."""
+    def prepare(self, settings: Settings) -> None:
+        """Write the settings."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self._leftovers():
                 leftover.unlink(missing_ok=True)
             write(self.settings_path, (json.dumps(asdict(settings), indent=2) + "\n").encode())
-            before = json.loads(self.machines.read_text()) if self.machines.exists() else []
-            if machine not in before:
-                write(self.machines, (json.dumps([*before, machine], indent=2) + "\n").encode())
         except OSError as error:
             raise CommandError(f"cannot write to {self.path}: {error}; choose another --output") from error
+
+    def credit(self, machine: dict[str, Any]) -> None:
+        """Write the machine under those that worked here before."""
+        before = json.loads(self.machines.read_text()) if self.machines.exists() else []
+        if machine not in before:
+            write(self.machines, (json.dumps([*before, machine], indent=2) + "\n").encode())
 
     def settings(self) -> Settings | None:
         """The stored settings; None in an empty folder."""

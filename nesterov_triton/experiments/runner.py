@@ -78,7 +78,7 @@ class Runner:
         with Interruption() as interruption:
             try:
                 if leader:
-                    folder.prepare(settings, machine(self.processes.device, self.processes.size))
+                    folder.prepare(settings)
                 with display(self.notes, settings) as shown:
                     # Seeds outside, so that an interrupted run has every model.
                     done: dict[tuple[int, str], Run | None] = dict.fromkeys(product(settings.seeds, settings.models))
@@ -107,6 +107,8 @@ class Runner:
             shown.start(run)
             yield run
         else:
+            if self.processes.leader:
+                self.folder.credit(machine(self.processes.device, self.processes.size))
             trainer = Trainer(self.experiment, self.settings, model, seed, self.data, self.processes)
             if stored:
                 trainer.restore(stored)
@@ -171,7 +173,8 @@ def measure(experiment: Measurement, settings: Settings, folder: Folder, data: P
     """Run an experiment that trains nothing, and report it. Returns the exit code, 0."""
     screen, notes = console(False), console(True)
     notes.print(f"{experiment.title}: {describe(settings)} -> {folder.path}", soft_wrap=True)
-    folder.prepare(settings, machine(settings.device, 1))
+    folder.prepare(settings)
+    folder.credit(machine(settings.device, 1))
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), counted(notes, len(settings.models) * len(settings.seeds)) as done:
         for model, seed in product(settings.models, settings.seeds):
