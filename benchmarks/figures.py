@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.contenders import OURS
 from benchmarks.curves import Curve, Row
-from benchmarks.scaling import COMPILED, EAGER, FIELD, PEER
+from benchmarks.scaling import COMPILED, EAGER, FIELD, KEPT, PEER
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -67,8 +67,14 @@ def scaling(path: Path, rows: Sequence[Row], way: str, title: str) -> None:
     """One panel for each axis: milliseconds, solid on one thread, dashed on two."""
     own = [row for row in rows if row["way"] == way]
     axes_named = list(dict.fromkeys(row["axis"] for row in own))
-    colours = {EAGER: COLOURS[OURS], COMPILED: "#56b4e9", PEER: COLOURS["torchdiffeq"], FIELD: "#777777"}
-    short = {EAGER: "here", COMPILED: "here, compiled", PEER: "torchdiffeq", FIELD: "field alone"}
+    colours = {
+        EAGER: COLOURS[OURS],
+        KEPT: "#009e73",
+        COMPILED: "#56b4e9",
+        PEER: COLOURS["torchdiffeq"],
+        FIELD: "#777777",
+    }
+    short = {EAGER: "here", KEPT: "here, kept", COMPILED: "here, compiled", PEER: "torchdiffeq", FIELD: "field alone"}
     figure, axes = _grid(len(axes_named), title)
     for axis, name in zip(axes, axes_named, strict=True):
         ends = []

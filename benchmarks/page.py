@@ -22,7 +22,7 @@ from benchmarks.contenders import OURS
 from benchmarks.curves import Curve, Row, curves, milliseconds
 from benchmarks.precision import MOST
 from benchmarks.report import RELATIONS, RESULTS, read_rows
-from benchmarks.scaling import BATCH, COMPILED, EAGER, FIELD, OUTPUTS, PEER, WIDTH
+from benchmarks.scaling import BATCH, COMPILED, EAGER, FIELD, KEPT, OUTPUTS, PEER, WIDTH
 
 LEVELS = (1e-3, 1e-6, 1e-9)
 DETEST = "DETEST"
@@ -183,10 +183,13 @@ def _behind(machine: Machine, way: str, names: Sequence[str]) -> dict[str, dict[
 
 def _behind_in_scaling(machine: Machine) -> list[str]:
     lines = []
-    for (axis, way, threads), ratios in _scaling_ratios(machine, EAGER).items():
-        if behind := [f"{value} ({_number(1 / ratio)} times)" for value, ratio in ratios.items() if ratio < FASTER]:
-            said = f"{SAID[way]}, {threads} thread{'s' if threads != '1' else ''}"
-            lines.append(f"- {machine.letter}, {said}, along the {axis}: torchdiffeq is faster at {', '.join(behind)}.")
+    for own in (EAGER, KEPT):
+        for (axis, way, threads), ratios in _scaling_ratios(machine, own).items():
+            if behind := [f"{value} ({_number(1 / ratio)} times)" for value, ratio in ratios.items() if ratio < FASTER]:
+                said = (
+                    f"{machine.letter}, {SAID[way]}, {threads} thread{'s' if threads != '1' else ''}, along the {axis}"
+                )
+                lines.append(f"- {said}: torchdiffeq is faster than {_own(own)}, at {', '.join(behind)}.")
     return lines
 
 
@@ -402,16 +405,18 @@ def _scaling(stored: Stored) -> str:
         if not ratios:
             continue
         compiled, field_alone = _scaling_ratios(machine, COMPILED), _scaling_ratios(machine, EAGER, FIELD)
+        kept = _scaling_ratios(machine, KEPT)
         rows = []
         for (axis, way, threads), at in ratios.items():
             for value, ratio in at.items():
                 key = (axis, way, threads)
                 rows.append([
                     axis, SAID[way], threads, value, _inverse(field_alone.get(key, {}).get(value)), _number(ratio),
-                    _number(compiled.get(key, {}).get(value)),
+                    _number(kept.get(key, {}).get(value)), _number(compiled.get(key, {}).get(value)),
                 ])  # fmt: skip
         head = [
-            "along", "way", "threads", "value", "eager / field alone", "torchdiffeq / eager", "torchdiffeq / compiled",
+            "along", "way", "threads", "value", "eager / field alone", "torchdiffeq / eager",
+            "torchdiffeq / eager, kept", "torchdiffeq / compiled",
         ]  # fmt: skip
         text += [
             f"### Machine {machine.letter}",

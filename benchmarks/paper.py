@@ -66,6 +66,18 @@ SOURCES = (
         "point-cloud/softclip-adjoint",
         "Gated models only; the others are those of softclip.",
     ),
+    Source(
+        "point-cloud/auto",
+        "Point clouds, gate softclip, gradient discrete, method auto",
+        "point-cloud/softclip-discrete",
+        "`--method auto`: `nystrom4` for these models; NODE's runs are those of dopri5.",
+    ),
+    Source(
+        "point-cloud/linear-readout-auto",
+        "Point clouds, gate softclip, gradient discrete, linear readout, method auto",
+        "point-cloud/linear-readout",
+        "`compare point-cloud --method auto`: `nystrom4` for these models; NODE's runs are those of dopri5.",
+    ),
     Source("mnist", "MNIST, a subset"),
     Source("walker2d", "Walker2d, a subset"),
     Source(

@@ -1,10 +1,10 @@
 """How time grows: `python -m benchmarks scaling`.
 
 Milliseconds of a solve against batch, state width, number of output times and number of steps; forward, and with its
-backward pass ("discrete" here, the faster one of torchdiffeq's two there); on one thread and on two. This package's
-eager loop, its compiled layer along the batch (one compilation with `dynamic=True`), torchdiffeq, and the field's calls
-alone. GNesterovNODE with the field of `benchmarks.problems`, float32; dopri5 at 1e-5, but along the steps the 3/8 rule
-in fixed steps, so that both take the same.
+backward pass ("discrete" here, with the field's graphs kept, too; the faster one of torchdiffeq's two there); on one
+thread and on two. This package's eager loop, its compiled layer along the batch (one compilation with `dynamic=True`),
+torchdiffeq, and the field's calls alone. GNesterovNODE with the field of `benchmarks.problems`, float32; dopri5 at
+1e-5, but along the steps the 3/8 rule in fixed steps, so that both take the same.
 
 Wall time (two threads are two clocks), contenders by turns, medians. Writes `scaling.csv` into this machine's folder of
 `benchmarks/results`, curve by curve: a run of some leaves the others as they are.
@@ -42,6 +42,7 @@ AXES: dict[str, tuple[int, ...]] = {
 THREADS = (1, 2)
 WAYS = ("forward", "train")
 EAGER, COMPILED, PEER, FIELD = "nesterov_triton eager", "nesterov_triton compiled", "torchdiffeq", "field alone"
+KEPT = "nesterov_triton eager, kept"
 # Two solvers at 1e-5, or two that take the same fixed steps.
 AGREE = 1e-3
 
@@ -61,7 +62,10 @@ class Case:
             self.own = {"method": "rk4_38", "step_size": fixed}
             self.peer = {"method": "rk4", "options": {"step_size": fixed}}
         gate = nt.gates.Softclip(BOUND)
-        self.layer = nt.GNesterovNODE(self.problem.field, gate=gate, xi=XI, t=self.times.tolist(), **self.own)
+        options: dict[str, Any] = {"gate": gate, "xi": XI, "t": self.times.tolist(), **self.own}
+        self.layer = nt.GNesterovNODE(self.problem.field, **options)
+        kept = nt.gradients.Discrete(recompute=False)
+        self.kept = nt.GNesterovNODE(self.problem.field, gradient=kept, **options)
 
     def ours(self, module: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features at the output times after the first, or at the last one alone: [n, batch, width]."""
@@ -110,6 +114,7 @@ class Case:
         if compiled is not None:
             solves[COMPILED] = partial(self.ours, compiled)
         if way == "train":
+            solves[KEPT] = partial(self.ours, self.kept)
             solves[PEER] = self._faster([self.torchdiffeq, partial(self.torchdiffeq, adjoint=True)])
         with torch.set_grad_enabled(way == "train"):
             answers = {name: solve() for name, solve in solves.items()}

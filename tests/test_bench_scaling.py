@@ -6,7 +6,7 @@ import torch
 from benchmarks import curves, figures, scaling
 from benchmarks.contenders import OURS
 from benchmarks.problems import Problem
-from benchmarks.scaling import EAGER, FIELD, PEER, Case
+from benchmarks.scaling import EAGER, FIELD, KEPT, PEER, Case
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ def test_every_point_is_a_problem_that_both_solve_to_its_truth(axis):
     case = Case(axis, 8)
     assert case.problem.h0.shape == {"batch": (8, 4), "width": (3, 8)}.get(axis, (3, 4))
     ours, theirs = case.ours(), case.torchdiffeq()
+    assert torch.equal(case.ours(case.kept), ours)
     assert ours.shape == theirs.shape == ((7 if axis == "output times" else 1), *case.problem.h0.shape)
     truth, gradients = Problem.draw(*case.problem.h0.shape).truth()
     tolerance = 1e-2 if axis == "steps" else 1e-3
@@ -43,7 +44,7 @@ def test_along_the_steps_both_take_as_many():
 def test_a_curve_has_a_row_for_each_point_and_contender():
     rows = scaling.measure("steps", (2, 4), "train", 1, 0.0, compiled=False)
     assert [(row["value"], row["contender"]) for row in rows] == [
-        (n, name) for n in (2, 4) for name in (EAGER, PEER, FIELD)
+        (n, name) for n in (2, 4) for name in (EAGER, PEER, KEPT, FIELD)
     ]
     assert all(float(row["milliseconds"]) > 0 for row in rows)
 
