@@ -1,9 +1,10 @@
 """What methods that use the structure of momentum systems save: `python -m benchmarks.structure`.
 
 Evaluations of the field for a given global error, in float64, on two trained fields of each kind (the paper's point
-clouds, `assets/momentum_layers.json`), on a random network and on a damped oscillator with a closed solution; time for
-the same error; evaluations that training takes, against the continuous adjoint by dopri5; and how far a walk back
-through a splitting's steps ends from where they began. Evaluations and errors are the same on every machine.
+clouds, `assets/momentum_layers.json`), on a random network and on a damped oscillator with a closed solution;
+evaluations and error at the same tolerance; time for the same error; evaluations that training takes, against the
+continuous adjoint by dopri5; and how far a walk back through a splitting's steps ends from where they began.
+Evaluations and errors are the same on every machine.
 """
 
 from __future__ import annotations
@@ -179,6 +180,28 @@ def evaluations() -> tuple[list[Line], dict[str, Any]]:
     return lines, {"evaluations": {"errors": ERRORS, **table}}
 
 
+def same_tolerance() -> tuple[list[Line], dict[str, Any]]:
+    """Evaluations and error by each method as parts of dopri5's, at five tolerances."""
+    tolerances = [10.0**-k for k in range(3, 8)]
+    table: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for name, problem in cases().items():
+        general = [problem.solve("dopri5", tolerance) for tolerance in tolerances]
+        for method in nystrom.METHODS.values():
+            if method.order > 2 and (method.gated is not None or not problem.gated):
+                own = [problem.solve(method.name, tolerance) for tolerance in tolerances]
+                parts = [(a / b, e / f) for (a, e), (b, f) in zip(own, general, strict=True)]
+                table.setdefault(name, {})[method.name] = parts
+                groups.setdefault((method.name, "trained fields" if name[-1].isdigit() else name), []).extend(parts)
+    lines = []
+    for (method_name, where), parts in groups.items():
+        evaluations, error = (math.exp(statistics.fmean(map(math.log, x))) for x in zip(*parts, strict=True))
+        said = f"at the same tolerance as dopri5, {where}, {method_name}: part of its"
+        lines += [Line(f"{said} evaluations, mean", evaluations), Line(f"{said} error, mean", error)]
+        lines.append(Line(f"{said} error, largest", max(e for _, e in parts)))
+    return lines, {"same tolerance": {"tolerances": tolerances, **table}}
+
+
 # --- time
 
 
@@ -316,7 +339,7 @@ def _walk(problem: Case, method: str, steps: int, dtype: torch.dtype) -> float:
 @torch.no_grad()
 def measure(rounds: int) -> tuple[list[Line], dict[str, Any]]:
     lines, numbers = evaluations()
-    for part, found in (wall_clock(rounds), training()):
+    for part, found in (same_tolerance(), wall_clock(rounds), training()):
         lines += part
         numbers |= found
     back = walks()

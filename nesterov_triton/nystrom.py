@@ -206,7 +206,7 @@ def _integral(coefficients: Sequence[float], end: float) -> float:
 # The published embedded formulas are so far off that a solve comes out a hundred times as accurate as was asked for.
 # Any mixture of one with the method itself is one of the same order. These shares make tolerances mean what they do
 # with dopri5: on the problems of `benchmarks.structure` errors at the same tolerance are 0.01 to 0.25 of dopri5's for
-# trained fields (nystrom6 and blanes_moan4: to 1.2), and no more than five times of them on smooth oscillators.
+# trained fields (nystrom6 and blanes_moan4: to 0.9), and no more than five times of them on a smooth oscillator.
 _SHARE_4, _SHARE_6, _SHARE_SPLITTING = 1 / 64, 1 / 32, 1 / 1024
 
 
