@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -56,7 +57,7 @@ def field_alone(case: Case, train: bool) -> Callable[[], object]:
 
 
 def build(
-    case: Case, table: dict[str, Callable[[Case], Contender]], train: bool, compiled: bool
+    case: Case, table: dict[str, Callable[[Case], Contender]], train: bool, compiled: bool, patience: float
 ) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
     """The contenders that can run, their answers checked; and their errors, or why they are not timed."""
     calls: dict[str, Callable[[], object]] = {FIELD: field_alone(case, train)}
@@ -77,19 +78,25 @@ def build(
             print(f"  {name}: {what}", file=sys.stderr)
             continue
         call = solver.train if train else solver.forward
+        begun = time.perf_counter()
         call()
+        if (taken := time.perf_counter() - begun) > patience:
+            answers[name] = {"left_out": f"a call took {taken:.0f} s"}
+            print(f"  {name}: left out, a call took {taken:.0f} s", file=sys.stderr)
+            continue
         calls[name] = call
         answers[name] = {"error": errors[0], "gradient_error": errors[1], "first_seconds": time.perf_counter() - start}
     return calls, answers
 
 
-def measure(case: Case, way: str, budget: float, compiled: bool) -> dict[str, Any]:
+def measure(case: Case, way: str, budget: float, compiled: bool, patience: float = math.inf) -> dict[str, Any]:
     """One table: milliseconds of each contender (the median), and how often it takes the time of the package's own.
 
     Args:
         budget: seconds for all rounds; there are at least 3 and at most 60.
+        patience: seconds; a contender that takes longer for a call is left out.
     """
-    calls, answers = build(case, WAYS[way], way == "train", compiled)
+    calls, answers = build(case, WAYS[way], way == "train", compiled, patience)
     start = time.perf_counter()
     for call in calls.values():
         call()
@@ -114,6 +121,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--compiled", action="store_true", help="compiled layers too")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a table (default: %(default)s)")
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds of a call beyond which a solver is left out (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     output = folder() / "sides.json"
@@ -122,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
             case = Case.draw(model, size)
             for way in options.way:
                 print(f"{case.name}, {way}", file=sys.stderr)
-                found = measure(case, way, options.budget, options.compiled)
+                found = measure(case, way, options.budget, options.compiled, options.patience)
                 stored = json.loads(output.read_text()) if output.exists() else {}
                 origin = {
                     "date": today(),
