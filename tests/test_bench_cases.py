@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.cases import MODELS, Case, WrongAnswer
 from benchmarks.contenders import FORWARD, TRAIN, Absent, load, ours, torchdiffeq_
+from benchmarks.sides import FIELD, build
 from benchmarks.timing import interleave, ratio
 
 
@@ -101,6 +102,22 @@ def test_only_the_first_samples_are_compared_where_the_truth_is_dear():
     contender = torchdiffeq_(case)
     assert contender.gradients()[0][4:].abs().max() < 1e-20
     case.errors(contender.features(), contender.gradients())
+
+
+def test_who_is_not_timed_is_said_with_the_reason():
+    case = draw("GNesterovNODE")
+
+    def absent(case):
+        raise Absent("it is not there")
+
+    table = {"ours": ours, "absent": absent, "wrong": lambda case: torchdiffeq_(draw("NODE"))}
+    calls, answers = build(case, table, False, False, patience=1e9)
+    assert list(calls) == [FIELD, "ours"]
+    assert answers["absent"] == {"left_out": "it is not there"}
+    assert "wrong answer" in answers["wrong"]["wrong"]
+    calls, answers = build(case, {"ours": ours}, False, False, patience=0.0)
+    assert list(calls) == [FIELD]
+    assert answers["ours"]["left_out"].startswith("a call took")
 
 
 def test_ratios_are_taken_within_a_round():
