@@ -5,9 +5,11 @@ A kernel runs under triton's interpreter on a CPU (conftest.py), and compiled on
 
 import importlib
 
+import pytest
 import torch
 
 from nesterov_triton import gates, tableaus
+from nesterov_triton.ops import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -100,3 +102,28 @@ def nodes_of(function, *arguments):
     compiled = [torch.compile(function, fullgraph=True, backend=backend) for backend in (record, "aot_eager")]
     results = [rows_of(run(*arguments)) for run in compiled]
     return [str(node.target) for node in nodes if "getitem" not in str(node.target)], results
+
+
+def check_one_node(name, function, x):
+    """In a compiled graph the operator of this name is all that the function of x is made of; the same values."""
+    with torch.no_grad():
+        expected = rows_of(function(x))
+        nodes, results = nodes_of(function, x)
+    for actual in results:
+        assert len(actual) == len(expected)
+        assert all(map(torch.equal, actual, expected))
+    assert nodes == [f"nesterov_triton.{name}.default"]
+
+
+def check_no_backward(function, x):
+    """An operator has no derivative, and says so."""
+    first = rows_of(function(x.requires_grad_()))[0]
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.sum().backward()
+
+
+def check_choice(names):
+    """On a CPU the references run, on a CUDA device the kernels."""
+    for name in names:
+        chosen = dispatch.implementation(name, torch.zeros(1, device=DEVICE))
+        assert chosen is (REFERENCES if DEVICE == "cpu" else KERNELS)[name]

@@ -21,10 +21,12 @@ from kernel_support import (
     SOFTCLIP,
     TANH,
     all_close,
+    check_choice,
+    check_no_backward,
+    check_one_node,
     close,
     close_norms,
     momentum_arguments,
-    nodes_of,
     normal,
     rows_of,
     scalar,
@@ -32,7 +34,6 @@ from kernel_support import (
 
 from benchmarks import traffic
 from nesterov_triton import gates, tableaus
-from nesterov_triton.ops import dispatch
 from nesterov_triton.ops import momentum_adjoint_finish as adjoint_finish
 from nesterov_triton.ops import momentum_adjoint_stage as adjoint_stage
 from nesterov_triton.ops import momentum_reverse_finish as reverse_finish
@@ -551,27 +552,17 @@ def calls():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_is_one_node_of_a_compiled_graph(name):
     functions, c = calls()
-    with torch.no_grad():
-        expected = rows_of(functions[name](c))
-        nodes, results = nodes_of(functions[name], c)
-    for actual in results:
-        assert len(actual) == len(expected)
-        assert all(map(torch.equal, actual, expected))
-    assert nodes == [f"nesterov_triton.{name}.default"]
+    check_one_node(name, functions[name], c)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_backward_through_an_operator_raises(name):
     functions, c = calls()
-    first = rows_of(functions[name](c.requires_grad_()))[0]
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        first.sum().backward()
+    check_no_backward(functions[name], c)
 
 
 def test_on_a_cpu_the_reference_runs_and_on_a_cuda_device_the_kernel():
-    for name in OPERATORS:
-        chosen = dispatch.implementation(name, torch.zeros(1, device=DEVICE))
-        assert chosen is (REFERENCES if DEVICE == "cpu" else KERNELS)[name]
+    check_choice(OPERATORS)
 
 
 def row(n=5, dtype=F32):

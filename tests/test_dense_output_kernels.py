@@ -18,8 +18,10 @@ from kernel_support import (
     RK4,
     SIZES,
     SOFTCLIP,
+    check_choice,
+    check_no_backward,
+    check_one_node,
     close,
-    nodes_of,
     normal,
     scalar,
 )
@@ -27,7 +29,6 @@ from kernel_support import (
 from nesterov_triton import gates, systems, tableaus
 from nesterov_triton.flow import Flow
 from nesterov_triton.network import Network
-from nesterov_triton.ops import dispatch
 from nesterov_triton.ops.first_order_dense_output import _operator as first_order_operator
 from nesterov_triton.ops.first_order_dense_output import first_order_dense_output
 from nesterov_triton.ops.momentum_dense_output import _operator as momentum_operator
@@ -189,26 +190,17 @@ def calls():
 @pytest.mark.parametrize("name", list(calls()[0]))
 def test_an_operator_is_one_node_of_a_compiled_graph(name):
     functions, x = calls()
-    with torch.no_grad():
-        expected = functions[name](x)
-        nodes, results = nodes_of(functions[name], x)
-    for (actual,) in results:
-        assert torch.equal(actual, expected)
-    assert nodes == [f"nesterov_triton.{name}.default"]
+    check_one_node(name, functions[name], x)
 
 
 @pytest.mark.parametrize("name", list(calls()[0]))
 def test_backward_through_an_operator_raises(name):
     functions, x = calls()
-    found = functions[name](x.requires_grad_())
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        found.sum().backward()
+    check_no_backward(functions[name], x)
 
 
 def test_on_a_cpu_the_reference_runs_and_on_a_cuda_device_the_kernel():
-    for name in ("first_order_dense_output", "momentum_dense_output"):
-        chosen = dispatch.implementation(name, torch.zeros(1, device=DEVICE))
-        assert chosen is (REFERENCES if DEVICE == "cpu" else KERNELS)[name]
+    check_choice(("first_order_dense_output", "momentum_dense_output"))
 
 
 @pytest.mark.parametrize(

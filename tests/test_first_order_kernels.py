@@ -17,18 +17,18 @@ from kernel_support import (
     REFERENCES,
     RK4,
     SIZES,
+    check_choice,
+    check_no_backward,
+    check_one_node,
     close,
     close_norms,
-    nodes_of,
     normal,
-    rows_of,
     scalar,
 )
 
 from benchmarks import traffic
 from nesterov_triton import tableaus
 from nesterov_triton.ops import (
-    dispatch,
     first_order_finish,
     first_order_reverse_finish,
     first_order_reverse_stage,
@@ -331,27 +331,17 @@ def calls():
 @pytest.mark.parametrize("name", list(calls()[0]))
 def test_an_operator_is_one_node_of_a_compiled_graph(name):
     functions, x = calls()
-    with torch.no_grad():
-        expected = rows_of(functions[name](x))
-        nodes, results = nodes_of(functions[name], x)
-    for actual in results:
-        assert len(actual) == len(expected)
-        assert all(map(torch.equal, actual, expected))
-    assert nodes == [f"nesterov_triton.{name.split()[0]}.default"]
+    check_one_node(name.split()[0], functions[name], x)
 
 
 @pytest.mark.parametrize("name", list(calls()[0]))
 def test_backward_through_an_operator_raises(name):
     functions, x = calls()
-    first = rows_of(functions[name](x.requires_grad_()))[0]
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        first.sum().backward()
+    check_no_backward(functions[name], x)
 
 
 def test_on_a_cpu_the_reference_runs_and_on_a_cuda_device_the_kernel():
-    for name in ("first_order_reverse_stage", "first_order_reverse_finish"):
-        chosen = dispatch.implementation(name, torch.zeros(1, device=DEVICE))
-        assert chosen is (REFERENCES if DEVICE == "cpu" else KERNELS)[name]
+    check_choice(("first_order_reverse_stage", "first_order_reverse_finish"))
 
 
 FIVE, FOUR, TEN, DT = torch.zeros(5), torch.zeros(4), torch.zeros(10), torch.tensor(0.1)

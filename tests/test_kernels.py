@@ -24,12 +24,13 @@ from kernel_support import (
     SOFTCLIP,
     TANH,
     all_close,
+    check_choice,
+    check_no_backward,
+    check_one_node,
     close,
     close_norms,
     momentum_arguments,
-    nodes_of,
     normal,
-    rows_of,
     scalar,
 )
 
@@ -37,7 +38,7 @@ from benchmarks import traffic
 from nesterov_triton import gates, systems, tableaus
 from nesterov_triton.flow import Flow
 from nesterov_triton.network import Network
-from nesterov_triton.ops import dispatch, first_order_finish, first_order_stage, momentum_finish, momentum_stage
+from nesterov_triton.ops import first_order_finish, first_order_stage, momentum_finish, momentum_stage
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, error_norm
 from nesterov_triton.stepping.stepper import Tolerance, stage_times
 
@@ -376,27 +377,17 @@ def calls():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_is_one_node_of_a_compiled_graph(name):
     functions, u = calls()
-    with torch.no_grad():
-        expected = rows_of(functions[name](u))
-        nodes, results = nodes_of(functions[name], u)
-    for actual in results:
-        assert len(actual) == len(expected)
-        assert all(map(torch.equal, actual, expected))
-    assert nodes == [f"nesterov_triton.{name}.default"]
+    check_one_node(name, functions[name], u)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_backward_through_an_operator_raises(name):
     functions, u = calls()
-    first = rows_of(functions[name](u.requires_grad_()))[0]
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        first.sum().backward()
+    check_no_backward(functions[name], u)
 
 
 def test_on_a_cpu_the_reference_runs_and_on_a_cuda_device_the_kernel():
-    for name in OPERATORS:
-        chosen = dispatch.implementation(name, torch.zeros(1, device=DEVICE))
-        assert chosen is (REFERENCES if DEVICE == "cpu" else KERNELS)[name]
+    check_choice(OPERATORS)
 
 
 def test_a_gate_without_a_triton_form_takes_the_reference():

@@ -19,18 +19,18 @@ from kernel_support import (
     SOFTCLIP,
     TANH,
     all_close,
+    check_choice,
+    check_no_backward,
+    check_one_node,
     close,
     close_norms,
-    nodes_of,
     normal,
-    rows_of,
     scalar,
 )
 
 from nesterov_triton import gates
 from nesterov_triton.nystrom import METHODS
 from nesterov_triton.ops import (
-    dispatch,
     nystrom_dense_output,
     nystrom_finish,
     nystrom_reverse_finish,
@@ -288,20 +288,13 @@ def calls():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_is_one_node_of_a_compiled_graph(name):
     functions, u = calls()
-    with torch.no_grad():
-        expected = rows_of(functions[name](u))
-        nodes, results = nodes_of(functions[name], u)
-    for actual in results:
-        assert all(map(torch.equal, actual, expected))
-    assert nodes == [f"nesterov_triton.{name}.default"]
+    check_one_node(name, functions[name], u)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_backward_through_an_operator_raises(name):
     functions, u = calls()
-    first = rows_of(functions[name](u.requires_grad_()))[0]
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        first.sum().backward()
+    check_no_backward(functions[name], u)
 
 
 def test_a_gate_without_a_triton_form_takes_the_reference():
@@ -385,6 +378,4 @@ def test_arguments_of_the_reverse_sweep_that_a_kernel_would_misread_are_refused(
 
 
 def test_on_a_cpu_the_reference_runs_and_on_a_cuda_device_the_kernel():
-    for name in OPERATORS:
-        chosen = dispatch.implementation(name, torch.zeros(1, device=DEVICE))
-        assert chosen is (REFERENCES if DEVICE == "cpu" else KERNELS)[name]
+    check_choice(OPERATORS)

@@ -25,7 +25,7 @@ import nesterov_triton as nt
 from nesterov_triton.experiments import runner
 from nesterov_triton.experiments.cli import COMMANDS, device_of, main
 from nesterov_triton.experiments.data import images
-from nesterov_triton.experiments.experiment import Experiment, Settings, Split
+from nesterov_triton.experiments.experiment import CommandError, Experiment, Settings, Split
 from nesterov_triton.experiments.folder import Folder
 from nesterov_triton.experiments.models import (
     MODELS,
@@ -592,6 +592,14 @@ def test_several_processes_go_on_where_they_were(tmp_path: Path) -> None:
     Folder(tmp_path).prepare(replace(point_cloud.DEFAULTS, device="cuda"))
     assert device_of("compare", given | {"resume": True}) == "cuda"
     assert device_of("compare", given | {"resume": True, "device": "cpu"}) == "cpu"
+
+
+def test_a_folder_that_cannot_be_written_to_says_so(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.prepare(point_cloud.DEFAULTS)
+    folder.machines.mkdir()
+    with pytest.raises(CommandError, match=r"cannot write to .*choose another --output"):
+        folder.credit({"processor": "this one"})
 
 
 def test_a_batch_smaller_than_the_processes() -> None:

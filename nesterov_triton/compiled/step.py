@@ -70,7 +70,7 @@ class Attempt(NamedTuple):
 
 def nodes(method: Method, dense: bool) -> tuple[float, ...]:
     """Those of the stages of a step; with those that only dense output needs."""
-    return method.c if isinstance(method, Nystrom) or not dense else method.all_c
+    return method.all_c if dense else method.c
 
 
 def stages_back(method: Method, dense: bool) -> int:

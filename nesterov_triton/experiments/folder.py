@@ -4,8 +4,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -51,19 +51,18 @@ class Folder:
 
     def prepare(self, settings: Settings) -> None:
         """Write the settings."""
-        try:
+        with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self._leftovers():
                 leftover.unlink(missing_ok=True)
             write(self.settings_path, (json.dumps(asdict(settings), indent=2) + "\n").encode())
-        except OSError as error:
-            raise CommandError(f"cannot write to {self.path}: {error}; choose another --output") from error
 
     def credit(self, machine: dict[str, Any]) -> None:
         """Write the machine under those that worked here before."""
-        before = json.loads(self.machines.read_text()) if self.machines.exists() else []
-        if machine not in before:
-            write(self.machines, (json.dumps([*before, machine], indent=2) + "\n").encode())
+        with self._writing():
+            before = json.loads(self.machines.read_text()) if self.machines.exists() else []
+            if machine not in before:
+                write(self.machines, (json.dumps([*before, machine], indent=2) + "\n").encode())
 
     def settings(self) -> Settings | None:
         """The stored settings; None in an empty folder."""
@@ -110,6 +109,13 @@ class Folder:
             paths.append(self.path / f"{name}.{kind}")
             write(paths[-1], image.getvalue())
         return paths
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CommandError(f"cannot write to {self.path}: {error}; choose another --output") from error
 
     def _leftovers(self) -> list[Path]:
         return [path for folder in (self.path, self.checkpoints) for path in folder.glob(f".*{TEMPORARY}")]

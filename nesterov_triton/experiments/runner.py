@@ -77,12 +77,14 @@ class Runner:
         self.notes.print(f"{about} -> {folder.path}", soft_wrap=True)
         with Interruption() as interruption:
             try:
+                # Seeds outside, so that an interrupted run has every model.
+                done: dict[tuple[int, str], Run | None] = dict.fromkeys(product(settings.seeds, settings.models))
                 if leader:
                     folder.prepare(settings)
+                    done |= {(run.seed, run.model): run for run in folder.runs(settings)}
+                    if not all(run is not None and finished(run, settings) for run in done.values()):
+                        folder.credit(machine(self.processes.device, self.processes.size))
                 with display(self.notes, settings) as shown:
-                    # Seeds outside, so that an interrupted run has every model.
-                    done: dict[tuple[int, str], Run | None] = dict.fromkeys(product(settings.seeds, settings.models))
-                    done |= {(run.seed, run.model): run for run in folder.runs(settings)} if leader else {}
                     for seed, model in done:
                         for run in self.train(model, seed, shown):
                             done[seed, model] = run
@@ -107,8 +109,6 @@ class Runner:
             shown.start(run)
             yield run
         else:
-            if self.processes.leader:
-                self.folder.credit(machine(self.processes.device, self.processes.size))
             trainer = Trainer(self.experiment, self.settings, model, seed, self.data, self.processes)
             if stored:
                 trainer.restore(stored)
