@@ -328,6 +328,7 @@ def control_cases():  # type: ignore[no-untyped-def]
         yield f"end {name}", end_call(dtype, taped=False, inside=False)
         yield f"end {name} taped", end_call(dtype, taped=True, inside=True)
         yield f"add accepted {name}", add_accepted_call(dtype)
+        yield from ((f"{label} {name}", call) for label, call in first_step_calls(dtype))
     yield "weigh float64", weigh_call(dopri5)
 
 
@@ -349,11 +350,23 @@ def end_call(dtype, taped, inside):  # type: ignore[no-untyped-def]
     slots, decided, setting = (torch.empty(k, dtype=torch.float64) for k in (control.SLOTS,) * 2 + (control.SETTINGS,))
     requested = torch.empty(100, dtype=torch.float64) if inside else None
     tape = torch.empty((4, 2, N), dtype=dtype) if taped else None
-    spans = torch.empty((4, 2), dtype=torch.float64) if taped else None
+    report = torch.empty(control.SPANS + 8, dtype=torch.float64)
     kept, new = rows(3, dtype), rows(3, dtype)
     return lambda: control_kernel.launch_end(
-        slots, decided, setting, *scalars(1), requested, kept, new, tape, spans, True
+        slots, decided, setting, *scalars(1), requested, kept, new, 2, tape, report, True
     )
+
+
+def first_step_calls(dtype):  # type: ignore[no-untyped-def]
+    decided, trial, setting = (
+        torch.empty(k, dtype=torch.float64) for k in (control.SLOTS, control.SLOTS, control.SETTINGS)
+    )
+    z, slope, second = (torch.empty(2 * N, dtype=dtype) for _ in range(3))
+    sizes = torch.empty(2, dtype=torch.float64)
+    given = decided, setting, z, slope
+    yield "propose", lambda: control_kernel.launch_propose(decided, trial, setting, z, slope, sizes, True)
+    yield "extrapolate", lambda: control_kernel.launch_extrapolate(*given, sizes, torch.empty_like(z))
+    yield "choose", lambda: control_kernel.launch_choose(*given, second, sizes)
 
 
 def add_accepted_call(dtype):  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ import torch
 from nesterov_triton import gates, tableaus
 from nesterov_triton.ops import dispatch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F64, F32, F16, BF16)
 SIZES = (1025, 1, 3000, 7, 1024, 517)  # blocks are of 512 or 1024

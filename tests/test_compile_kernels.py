@@ -13,7 +13,8 @@ from nesterov_triton import nystrom, tableaus
 
 # Second launches and those of the control, which read no rows.
 SUMS = (
-    "norm_kernel", "sums_kernel", "begin_kernel", "weigh_kernel", "step_weights_kernel", "dense_weights_kernel"
+    "norm_kernel", "sums_kernel", "begin_kernel", "weigh_kernel", "step_weights_kernel", "dense_weights_kernel",
+    "propose_kernel", "choose_kernel",
 )  # fmt: skip
 pytestmark = pytest.mark.xdist_group("compiled kernels")  # all are compiled once
 SCRIPT = Path(__file__).with_name("compile_kernels.py")

@@ -797,7 +797,10 @@ def test_weigh_end_and_add(situation, adaptive):
     for value, more in zip(errors, itertools.cycle((True, False)), strict=False):
         dtype = F64 if more else torch.float32
         rows = [torch.randn(1500, dtype=dtype, device=DEVICE) for _ in range(6)]
-        tape, spans = torch.randn(4, 2, 1500, dtype=dtype, device=DEVICE), torch.zeros(4, 2, dtype=F64, device=DEVICE)
+        tape, report = torch.randn(4, 2, 1500, dtype=dtype), torch.zeros(control.SPANS + 8, dtype=F64)
+        tape, report = tape.to(DEVICE), report.to(DEVICE)
+        if not more:  # where accepted, it is to be said
+            rows[4][1400] = math.inf
         error = torch.tensor(value, dtype=F64, device=DEVICE)
         results = []
         for weigh, end, add in (
@@ -808,11 +811,13 @@ def test_weigh_end_and_add(situation, adaptive):
             span = torch.zeros(2, dtype=torch.int64, device=DEVICE)
             weigh(attempt, error, requested, weights, span, DOPRI5.interpolant)
             decided = torch.full((control.SLOTS,), torch.nan, dtype=F64, device=DEVICE)
-            kept, held = [x.clone() for x in rows[:3]], (tape.clone(), spans.clone())
+            kept, held = [x.clone() for x in rows[:3]], (tape.clone(), report.clone())
             end(
-                attempt, decided, setting, error, requested if more else None, kept, rows[3:],
-                *(held if more else (None, None)), adaptive,
+                attempt, decided, setting, error, requested if more else None, kept, rows[3:], 2,
+                held[0] if more else None, held[1], adaptive,
             )  # fmt: skip
+            accepted = bool(attempt[Slot.ACTIVE]) and value <= 1
+            assert bool(held[1][control.INFINITE]) == (accepted and not more)
             total, first = rows[0].clone(), rows[1].clone()
             add(decided, attempt, total, rows[2], first, rows[3])
             inside = weights[int(span[0]) : int(span.sum())]
@@ -820,3 +825,53 @@ def test_weigh_end_and_add(situation, adaptive):
         for a, b in zip(*results, strict=True):
             eps = 1e-12 if a.dtype == F64 else 1e-6
             torch.testing.assert_close(a, b, rtol=eps, atol=eps, equal_nan=True)
+
+
+PROPOSALS = {
+    "a step": {},
+    "backward": {Setting.END: 0.5},
+    "a short interval": {Setting.END: 1.2 + 1e-9},
+    "without a tolerance for x": {Setting.ATOL: 0.0},
+    "high order": {Setting.PLAIN: 1 / 8},
+}
+STATES = {  # factors of the state, of its slope, and of how much the second slope differs
+    "plain": (1.0, 1.0, 0.1),
+    "at rest": (0.0, 1.0, 0.1),
+    "standing still": (1.0, 0.0, 0.0),
+    "steep": (1.0, 1e5, 1e4),
+    "overflowing": (1.0, math.inf, 1.0),
+    "second slope not finite": (1.0, 1.0, math.nan),
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("state", list(STATES))
+@pytest.mark.parametrize("situation", list(PROPOSALS))
+def test_the_first_step_size(situation, state, dtype):
+    from nesterov_triton.ops.control import kernel
+
+    decided, setting = numbers(PROPOSALS[situation])
+    of_z, of_slope, of_change = STATES[state]
+    z, slope, change = (torch.randn(3000, dtype=F64, device=DEVICE) for _ in range(3))
+    z, second = (z * of_z).to(dtype), (slope * of_slope + change * of_change).to(dtype)
+    slope = (slope * of_slope).to(dtype)
+    results = []
+    for propose, extrapolate, choose in (
+        (kernel.launch_propose, kernel.launch_extrapolate, kernel.launch_choose),
+        (reference.propose, reference.extrapolate, reference.choose),
+    ):
+        own, trial = decided.clone(), torch.zeros_like(decided)
+        sizes, out = torch.zeros(2, dtype=F64, device=DEVICE), torch.empty_like(z)
+        propose(own, trial, setting, z, slope, sizes, True)
+        extrapolate(own, setting, z, slope, sizes, out)
+        choose(own, setting, z, slope, second, sizes)
+        bare = decided.clone()
+        propose(bare, trial.clone(), setting, z, slope, sizes.clone(), False)
+        results.append([own, trial, sizes, bare, out])
+    *scalars, out = range(5)
+    for k in scalars:
+        eps = 1e-12 if dtype == F64 else 2e-5
+        torch.testing.assert_close(results[0][k], results[1][k], rtol=eps, atol=1e-300, equal_nan=True)
+    eps = 1e-12 if dtype == F64 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(results[0][out], results[1][out], rtol=eps, atol=eps, equal_nan=True)

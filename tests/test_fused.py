@@ -399,6 +399,8 @@ def test_tensors_that_would_get_no_gradient_are_refused(take):
 
 # --- launches
 
+TRANSFERS = int(DEVICE == "cuda")  # of a step's numbers to the device
+
 
 def launches_of(take, kind, first_step, gradient):
     """Steps and launches of a forward and a backward pass: the package's kernels, torch's operators beside the field,
@@ -441,7 +443,7 @@ def test_launches_of_a_forward_step(take, kind, limit):
     assert steps > fewer + 1
     ours, theirs, reads = ((a - b) / (steps - fewer) for a, b in zip(more, less, strict=True))
     print(f"{kind.__name__}: {ours} kernels, {theirs} other operators, {reads} host reads a step")
-    assert (ours, theirs, reads) == (limit, 0, 1)
+    assert (ours, theirs, reads) == (limit, TRANSFERS, 1)
 
 
 @pytest.fixture
@@ -464,7 +466,7 @@ def test_launches_of_an_adjoint_step(take, kind, limit):
     assert steps > fewer + 1
     ours, theirs, reads = ((a - b) / (steps - fewer) for a, b in zip(more, less, strict=True))
     print(f"{kind.__name__}: {ours} kernels, {theirs} other operators, {reads} host reads a step")
-    assert ours + theirs <= limit
+    assert ours + theirs <= limit + TRANSFERS
     assert reads == 1
 
 

@@ -4,9 +4,11 @@ The same steps as `loop`, decided by `ops.control`. All that an attempt reads an
 to attempt and from solve to solve, so that an attempt can be captured once, as a CUDA graph, and replayed. On a CPU it
 is simply called.
 
-The device reports: after every attempt control is copied to pinned memory, which the host looks at to see how many
+The device reports: after every attempt control is written to pinned memory, which the host looks at to see how many
 attempts are done and whether the solve is. It launches some ahead, as many as the last solve took in all, and then one
-at a time. An attempt launched after the end changes nothing. What is seen is a hint; the end is read.
+at a time. An attempt launched after the end changes nothing. What is seen on the way is a hint; it counts when all that
+was launched is done. The kernel writes it itself: a copy in a captured graph costs 8 µs of the host's and 8 µs of the
+device's time (H200), the write 0.1 µs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 from nesterov_triton.flow import Flow, Packet
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops import control
-from nesterov_triton.ops.control import SETTINGS, SLOTS, Law, Setting, Slot
+from nesterov_triton.ops.control import INFINITE, SETTINGS, SLOTS, SPANS, Law, Setting, Slot
 from nesterov_triton.status import SolveError, Status
 from nesterov_triton.stepping.fused_rk import Attempt
 from nesterov_triton.stepping.loop import AcceptedStep, LoopOptions, Progress, fixed_steps
@@ -126,6 +128,7 @@ class DeviceLoop:
     Attributes:
         replays: what is called in the place of a part that has been captured, by name.
         used: the parts that have been called.
+        meanwhile: called once in a solve, when the host would wait for the device.
         spent: evaluations of the field in the last solve.
     """
 
@@ -146,21 +149,21 @@ class DeviceLoop:
         self.requested = requested if inside else None
         self.attempted = torch.zeros(SLOTS, **wide)
         self._trial = torch.zeros(SLOTS, **wide)
-        pinned = device.type == "cuda"
-        self._mirror = torch.zeros(SLOTS, dtype=torch.float64, pin_memory=pinned)
-        # Looked at without a call to torch.
-        self._values = (ctypes.c_double * SLOTS).from_address(self._mirror.data_ptr())
+        self._sizes = torch.zeros(2, **wide)
         stepper.rtol, stepper.atol = self.setting[Setting.RTOL], self.setting[Setting.ATOL]
 
         self.z = torch.zeros_like(like)
         self._rows = list(self.z.view(rows, -1).unbind(0))
-        self._first: list[Tensor] = []  # what the next step starts with, of FSAL methods
-        self._slope: Tensor | None = None
+        self._first: list[Tensor] | None = None  # what the next step starts with, of FSAL methods
         n = self._rows[0].numel()
         room = TAPE_BYTES // max(like.numel() * like.element_size(), 1)
         self.capacity = min(64, max(4, room)) if taped else 0
         self.tape = like.new_zeros((self.capacity, rows, n)) if taped else None
-        self.spans = torch.zeros((self.capacity, 2), **wide) if taped else None
+        pinned = device.type == "cuda"
+        self._report = torch.zeros(SPANS + 2 * self.capacity, dtype=torch.float64, device="cpu", pin_memory=pinned)
+        # Looked at without a call to torch.
+        self._values = (ctypes.c_double * len(self._report)).from_address(self._report.data_ptr())
+        self._control = memoryview(self._values).cast("B")[: 8 * SLOTS]
         self.outputs = like.new_zeros((inside, like.numel()))
         self._weights = torch.zeros((inside, len(tableau.interpolant)), **wide)
         self._span = torch.zeros(2, dtype=torch.int64, device=device)
@@ -169,6 +172,7 @@ class DeviceLoop:
 
         self.replays: dict[str, Callable[[], None]] = {}
         self.used: set[str] = set()
+        self.meanwhile: Callable[[], None] | None = None
         self._costs: dict[str, int] = {}  # evaluations of the field in each part
         self.spent = 0
         self._solves = 0
@@ -205,84 +209,53 @@ class DeviceLoop:
         before = stepper.flow.network.evaluations
         with torch.no_grad():
             self._begin(self.decided, self._stages, adaptive)
-        done = stepper.attempt(self._stages.packet, self.z, self._first)
+        started = self._first or []
+        done = stepper.attempt(self._stages.packet, self.z, started)
         with torch.no_grad():
             if self.requested is not None:
                 weighed = (self.requested, self._weights, self._span, stepper.tableau.interpolant)
                 control.weigh(self.attempted, done.error, *weighed)
                 stepper.emit(self.z, self._weights, self.outputs, self._span)
-            if adaptive and not self._first:
+            if adaptive and not started:
                 # Where the slope at the start is not carried, whether it is finite is seen here.
                 fit = torch.stack([torch.isfinite(x).all() for x in stepper.starts()]).all()
                 self.attempted[Slot.FIRST_FINITE].copy_(fit)
-            kept, new = [*self._rows, *self._first], [*done.z.view(len(self._rows), -1).unbind(0), *done.last]
+            kept, new = [*self._rows, *started], [*done.z.view(len(self._rows), -1).unbind(0), *done.last]
             control.end(
-                self.attempted, self.decided, self.setting, done.error, self.requested, kept, new, self.tape,
-                self.spans, adaptive,
+                self.attempted, self.decided, self.setting, done.error, self.requested, kept, new, len(self._rows),
+                self.tape, self._report, adaptive,
             )  # fmt: skip
             stepper.commit(self.decided, self.attempted)
-            self._mirror.copy_(self.decided, non_blocking=True)
         self._costs["attempt"] = stepper.flow.network.evaluations - before
 
     def _start(self, choose: bool = False) -> None:
-        """The slope at the start, and the first step size if it is to be chosen."""
-        stepper, before = self.stepper, self.stepper.flow.network.evaluations
+        """The slope at the start, and the first step size if it is to be chosen; as `initial_step`."""
+        stepper, before, z = self.stepper, self.stepper.flow.network.evaluations, self.z
+        packet = self._trial_stages.packet
         with torch.no_grad():
-            self._trial.copy_(self.decided)
-            self._trial[Slot.DT].zero_()
-            self._begin(self._trial, self._trial_stages, True)
-        slope, first = stepper.derivative(self._trial_stages.packet, self.z, True)
+            self._begin(self.decided, self._trial_stages, True)
+        slope, first = stepper.derivative(packet, z, True)
         with torch.no_grad():
-            if self._slope is None:
+            if self._first is None:
                 with torch.inference_mode(False):  # it outlives this solve
-                    self._slope = torch.empty_like(slope)
                     self._first = [torch.empty_like(x) for x in first] if stepper.tableau.fsal else []
-            self._slope.copy_(slope)
             for kept, x in zip(self._first, first, strict=False):
                 kept.copy_(x)
-            fit = torch.isfinite(self._slope).all()
-            self.decided[Slot.FIRST_FINITE].copy_(fit)
-            if choose:  # nothing mends a slope that is not finite at the start
-                self.decided[Slot.STATUS].copy_(torch.where(fit, control.RUNNING, control.NON_FINITE))
+            slope = slope.detach()
+            control.propose(self.decided, self._trial, self.setting, z, slope, self._sizes, choose)
+            if choose:
+                trial = torch.empty_like(z)
+                control.extrapolate(self.decided, self.setting, z, slope, self._sizes, trial)
+                self._begin(self._trial, self._trial_stages, True)
         if choose:
-            self._choose(self._slope)
+            second, _ = stepper.derivative(packet, trial, False)
+            with torch.no_grad():
+                control.choose(self.decided, self.setting, z, slope, second.detach(), self._sizes)
         self._costs["begin and choose" if choose else "begin"] = stepper.flow.network.evaluations - before
-
-    def _choose(self, first: Tensor) -> None:
-        """The first step size from the state and the slope there; as `initial_step`."""
-        z, slot = self.z, self.decided
-        order = self.stepper.tableau.error_order + 1
-        with torch.no_grad():
-            t, goal = slot[Slot.T], self.setting[Setting.END]
-            span, sign = (goal - t).abs(), torch.sign(goal - t)
-            d0, d1 = self._norm(z), self._norm(first)
-            known = torch.isfinite(d0) & torch.isfinite(d1)
-            small = ~known | (d0 < 1e-5) | (d1 < 1e-5)
-            h0 = torch.minimum(torch.where(small, 1e-6, 0.01 * d0 / d1), span)
-            wide = torch.promote_types(z.dtype, torch.float32)
-            trial = (z.to(wide) + (sign * h0).to(wide) * first.to(wide)).to(z.dtype)
-            self._trial.copy_(self.decided)
-            self._trial[Slot.T].copy_(torch.where(h0 < span, t + sign * h0, goal))
-            self._trial[Slot.DT].zero_()
-            self._begin(self._trial, self._trial_stages, True)
-        second, _ = self.stepper.derivative(self._trial_stages.packet, trial, False)
-        with torch.no_grad():
-            d2 = self._norm(second.detach() - first) / h0
-            slope = torch.maximum(d1, d2)
-            h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / slope) ** (1 / order))
-            chosen = torch.minimum(torch.minimum(100 * h0, h1), span)
-            slot[Slot.DT].copy_(sign * torch.where(torch.isfinite(d2), chosen, h0))
 
     def _begin(self, decided: Tensor, stages: StageMemory, adaptive: bool) -> None:
         nodes = self._all_nodes[: len(stages.times)]
         control.begin(decided, self.attempted, self.setting, nodes, *stages, adaptive, self._law)
-
-    def _norm(self, values: Tensor) -> Tensor:
-        """Of values, [D], relative to the tolerance at z; 0-d float64."""
-        wide = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
-        scale = self.setting[Setting.ATOL].to(wide) + self.setting[Setting.RTOL].to(wide) * self.z.abs().to(wide)
-        squares = torch.square(values.to(wide) / scale.clamp_min(torch.finfo(wide).tiny))
-        return torch.sqrt(squares.sum(dtype=torch.float64) / max(values.numel(), 1))
 
     # -- on the host ---------------------------------------------------------------------------------------------------
 
@@ -326,6 +299,7 @@ class DeviceLoop:
         numbers = [*slots, *(setting[name] for name in Setting), *times[1:-1], *self._nodes]
         self._numbers.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"), non_blocking=True)
         self.z.copy_(z)
+        self._values[INFINITE] = 0.0
         self.spent = 0
         if tableau.fsal or chosen:
             name = "begin and choose" if chosen else "begin"
@@ -341,7 +315,8 @@ class DeviceLoop:
         Raises:
             RuntimeError: the device stopped reporting.
         """
-        launched = unloaded = 0
+        launched = unloaded = recorded = 0
+        event, meanwhile, self.meanwhile = self._event, self.meanwhile, None
         ahead = int(self._event is not None and self._seconds < SHORT)
         begun = time.perf_counter()
         while True:
@@ -350,7 +325,10 @@ class DeviceLoop:
             if seen is not None:
                 over = seen.status != control.RUNNING or seen.t == self._end
                 full = unload is not None and seen.taped == self.capacity and finished > unloaded
-                if over or full:  # as far as was seen; what counts is read when all launched is done
+                if over or full:  # as far as was seen; what counts is there when all launched is done
+                    if meanwhile is not None:
+                        meanwhile()
+                        meanwhile = None
                     seen = self._read()
                     finished = seen.attempts
                     if seen.status != control.RUNNING or seen.t == self._end:
@@ -372,22 +350,46 @@ class DeviceLoop:
             if launched < max(limit, finished + 1):
                 self._call("attempt")
                 launched += 1
-                if self._event is not None:
-                    self._event.record()
-            elif self._event is not None:
+            elif meanwhile is not None:
+                meanwhile()
+                meanwhile = None
+            elif event is not None:
+                if recorded != launched:
+                    event.record()
+                    recorded = launched
                 # A query raises where the device has failed.
-                if self._event.query() and self._look() == seen:
+                if event.query() and self._look() == seen:
                     raise RuntimeError("the device has finished the attempts launched and reports nothing of them")
                 time.sleep(0)
 
     def _read(self) -> Report:
-        """What the device has decided, when it has done all that was launched."""
-        return Report.of(self.decided.tolist())
+        """What the device has reported, when it has done all that was launched.
+
+        Raises:
+            RuntimeError: it reports nothing of this solve.
+        """
+        if self._event is not None:
+            self._event.record()
+            self._event.synchronize()
+        report = self._look()
+        if report is None:
+            raise RuntimeError("the device has finished the attempts launched and reports nothing of them")
+        return report
+
+    @property
+    def infinite(self) -> bool:
+        """Whether an accepted state held a value that is not finite; when all that was launched is done."""
+        return self._values[INFINITE] != 0
+
+    def spans(self, count: int) -> list[tuple[float, float]]:
+        """The ends of the steps on the tape, likewise."""
+        ends = self._values[SPANS : SPANS + 2 * count]
+        return list(zip(ends[::2], ends[1::2], strict=True))
 
     def _look(self) -> Report | None:
         """What the device has reported of this solve last, if anything; a hint, for it may be half written."""
         while True:
-            seen, again = bytes(self._values), bytes(self._values)
+            seen, again = bytes(self._control), bytes(self._control)
             if seen == again:
                 break
         numbers = struct.unpack(f"{SLOTS}d", seen)
@@ -416,12 +418,13 @@ def integrate(
     Raises:
         SolveError: the last time was not reached; the error carries the states that were.
     """
-    chunks: list[tuple[Tensor, Tensor]] = []
+    chunks: list[Tensor] = []
+    spans: list[tuple[float, float]] = []
 
     def unload(count: int) -> None:
         assert loop.tape is not None
-        assert loop.spans is not None
-        chunks.append((loop.tape[:count].flatten(1).clone(), loop.spans[:count].clone()))
+        chunks.append(loop.tape[:count].flatten(1).clone())
+        spans.extend(loop.spans(count))
 
     network = loop.stepper.flow.network
     before = network.evaluations
@@ -432,24 +435,21 @@ def integrate(
     progress.rejected += report.rejected
     end = loop.z.clone()
     inside = loop.outputs.clone() if len(loop.outputs) else loop.outputs
-    # One look at the end: beside an infinite state every error is small, and it stays infinite.
-    total = end.sum(dtype=torch.promote_types(end.dtype, torch.float32)).to(torch.float64)
-    numbers = torch.cat([total.view(1), *(spans.view(-1) for _, spans in chunks)]).tolist()
     reached = inside.unbind(0)[: report.output]
     if report.status != control.RUNNING:
         chosen = report.status == control.NON_FINITE and not report.attempts  # already as the first size was chosen
         dt = 0.0 if chosen else report.h
         raise SolveError(FAILURES[report.status], report.t, dt, progress.attempted, tuple(reached))
-    if not math.isfinite(numbers[0]) and not bool(torch.isfinite(end).all()):
+    # Beside an infinite state every error is small, and it stays infinite.
+    if loop.infinite and not bool(torch.isfinite(end).all()):
         good = itertools.takewhile(lambda x: bool(torch.isfinite(x).all()), reached)
         raise SolveError(Status.NON_FINITE, times[-1] - report.h, report.h, progress.attempted, tuple(good))
     progress.dt = report.dt
     if on_accept is not None:
-        states = [state for chunk, _ in chunks for state in chunk.unbind(0)]
+        states = [state for chunk in chunks for state in chunk.unbind(0)]
         first, last = 1, len(times) - 1
         sign = math.copysign(1.0, times[-1] - times[0])
-        for k, state in enumerate(states):
-            t, t1 = numbers[1 + 2 * k : 3 + 2 * k]
+        for state, (t, t1) in zip(states, spans, strict=True):
             until = first
             while until <= last and sign * (times[until] - t1) <= 0:
                 until += 1

@@ -1,9 +1,10 @@
 """The decisions of a loop that never asks the host: step-size control as arithmetic on a few numbers on the device.
 
 An attempted step is `begin`, which decides where it ends and forms what its stages need of the time; the step itself,
-by the other operators; `weigh`, where states inside the step are wanted; and `end`, which accepts or rejects. All write
-into memory that stays where it is, so that one attempt can be captured and replayed, and none reads the host. A
-rejected attempt leaves the state as it was, and so does one that begins when the solve is over.
+by the other operators; `weigh`, where states inside the step are wanted; and `end`, which accepts or rejects, and
+reports. `propose`, `extrapolate` and `choose` find the first step size. All write into memory that stays where it is,
+so that one attempt can be captured and replayed, and none reads the host. A rejected attempt leaves the state as it
+was, and so does one that begins when the solve is over.
 
 What is decided is what `stepping.loop` decides, in the same order. Control is kept twice: `decided` is what the last
 attempt left, `attempt` a copy of it with what the attempt under way adds (`Slot`). Counts and flags are float64, too.
@@ -20,7 +21,10 @@ from torch import Tensor
 from nesterov_triton.gates import Gate
 from nesterov_triton.ops import dispatch
 
-__all__ = ["SETTINGS", "SLOTS", "Law", "Setting", "Slot", "add_accepted", "begin", "end", "weigh"]
+__all__ = [
+    "INFINITE", "SETTINGS", "SLOTS", "SPANS", "Law", "Setting", "Slot",
+    "add_accepted", "begin", "choose", "end", "extrapolate", "propose", "weigh",
+]  # fmt: skip
 
 RUNNING, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE = range(4)  # Slot.STATUS
 
@@ -69,6 +73,8 @@ class Setting(IntEnum):
 
 
 SLOTS, SETTINGS = 32, len(Setting)  # a power of two, for a block
+# A report is `decided`, then whether an accepted state was not finite, then the ends of the steps on the tape.
+INFINITE, SPANS = SLOTS, SLOTS + 1
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,9 @@ def end(
     requested: Tensor | None,
     kept: Sequence[Tensor],
     new: Sequence[Tensor],
+    states: int,
     tape: Tensor | None,
-    spans: Tensor | None,
+    report: Tensor,
     adaptive: bool,
 ) -> None:
     """End an attempt: fills `decided`; where it is accepted, `kept` becomes `new`, and the tape gets what was there.
@@ -149,12 +156,40 @@ def end(
         error: the norm of its embedded error, 0-d float64; of a fixed step 0, or NaN where its end is not finite.
         requested: as `weigh`.
         kept, new: rows of N elements of one dtype: the state's, then the slope's.
-        tape: [capacity, rows, N], for the first rows of `kept`; None where nobody wants it.
-        spans: [capacity, 2] float64: the ends of the steps on it.
+        states: how many of the rows, the first ones, are the state's.
+        tape: [capacity, states, N], for the state's rows of `kept`; None where nobody wants it.
+        report: [SPANS + 2 capacity] float64, for the host: a copy of `decided`; at `INFINITE` 1 where the new state is
+            not finite, else left alone; the ends of the steps on the tape. May be pinned memory: it is written only.
         adaptive: whether the method is.
     """
     run = dispatch.implementation("control.end", attempt)
-    run(attempt, decided, setting, error, requested, kept, new, tape, spans, adaptive)
+    run(attempt, decided, setting, error, requested, kept, new, states, tape, report, adaptive)
+
+
+def propose(
+    decided: Tensor, trial: Tensor, setting: Tensor, z: Tensor, slope: Tensor, sizes: Tensor, choose: bool
+) -> None:
+    """Look at the slope at the start; these three are `stepping.initial_step`.
+
+    Args:
+        decided: whether the slope is finite is written; where a size is to be chosen that is the solve's status, too,
+            since nothing mends it.
+        trial: a control at the time to evaluate the slope at once more, [SLOTS], written; only with `choose`.
+        z, slope: the state and its derivative, [D].
+        sizes: (first guess of the size, norm of the slope), [2] float64, written; only with `choose`.
+        choose: whether a size is to be chosen.
+    """
+    dispatch.implementation("control.propose", z)(decided, trial, setting, z, slope, sizes, choose)
+
+
+def extrapolate(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, sizes: Tensor, out: Tensor) -> None:
+    """A step of Euler's method of the first guess of the size: writes `out`, [D]."""
+    dispatch.implementation("control.extrapolate", z)(decided, setting, z, slope, sizes, out)
+
+
+def choose(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, second: Tensor, sizes: Tensor) -> None:
+    """Choose the first step size, from the slope `second` at the time in `propose`'s trial; writes it to `decided`."""
+    dispatch.implementation("control.choose", z)(decided, setting, z, slope, second, sizes)
 
 
 def add_accepted(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nesterov_triton.gates import Identity, kernel_form
 from nesterov_triton.gates_triton import FORMS
+from nesterov_triton.ops import control
 from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW, Law, Setting, Slot
-from nesterov_triton.ops.control import SLOTS as LENGTH
-from nesterov_triton.ops.runge_kutta.kernel import launch_shape, start
+from nesterov_triton.ops.runge_kutta.kernel import CHUNK, launch_shape, start, total, unless_finite
 
 
 def constants(*members: int) -> list[tl.constexpr]:
@@ -35,7 +36,9 @@ MIN_FACTOR, MAX_FACTOR = constants(Setting.MIN_FACTOR, Setting.MAX_FACTOR)
 ALPHA, BETA, PLAIN = constants(Setting.ALPHA, Setting.BETA, Setting.PLAIN)
 DAMPING, XI = constants(Setting.DAMPING, Setting.XI)
 RUNS, TOO_MANY, UNDERFLOW, BAD = (tl.constexpr(float(x)) for x in (RUNNING, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE))
-SLOTS = tl.constexpr(LENGTH)
+SLOTS, INFINITE, SPANS = constants(control.SLOTS, control.INFINITE, control.SPANS)
+RTOL, ATOL = constants(Setting.RTOL, Setting.ATOL)
+WIDE = {torch.float64: tl.float64}  # float32 for all others
 
 
 @triton.jit
@@ -178,14 +181,14 @@ def launch_weigh(
 
 @triton.jit(do_not_specialize=["count"])
 def end_kernel(
-    attempt_ptr, decided_ptr, setting_ptr, error_ptr, requested_ptr, kept, new, tape_ptr, spans_ptr, n, count,
-    TAPE_ROWS: tl.constexpr, ADAPTIVE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    attempt_ptr, decided_ptr, setting_ptr, error_ptr, requested_ptr, kept, new, tape_ptr, report_ptr, n, count,
+    STATES: tl.constexpr, ADAPTIVE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of the rows, and in the first program the decision; see `ops.control.end`.
 
     Args:
         kept, new: as tuples of pointers.
-        TAPE_ROWS: how many of them go on the tape.
+        STATES: how many of them are the state's.
     """
     error = tl.load(error_ptr)
     active = tl.load(attempt_ptr + ACTIVE) != 0
@@ -195,16 +198,26 @@ def end_kernel(
     if ok:
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
+        infinite = tl.zeros([BLOCK], tl.int32)
         for j in tl.static_range(len(kept)):
-            if j < TAPE_ROWS:
-                place = tape_ptr + (taped.to(tl.int64) * TAPE_ROWS + j) * n
-                tl.store(place + offsets, tl.load(kept[j] + offsets, mask=mask), mask=mask)
-            tl.store(kept[j] + offsets, tl.load(new[j] + offsets, mask=mask), mask=mask)
+            value = tl.load(new[j] + offsets, mask=mask, other=0.0)
+            if j < STATES:
+                if tape_ptr is not None:
+                    place = tape_ptr + (taped.to(tl.int64) * STATES + j) * n
+                    tl.store(place + offsets, tl.load(kept[j] + offsets, mask=mask), mask=mask)
+                # Widened: the interpreter's arithmetic on bfloat16 is garbage.
+                wide = value if value.dtype == tl.float64 else value.to(tl.float32)
+                infinite += (wide - wide != 0).to(tl.int32)
+            tl.store(kept[j] + offsets, value, mask=mask)
+        # Whoever finds one says so, all of them the same.
+        if tl.sum(infinite, axis=0) > 0:
+            tl.store(report_ptr + INFINITE, 1.0)
 
     if tl.program_id(0) == 0:
-        if TAPE_ROWS > 0:
-            tl.store(spans_ptr + taped.to(tl.int64) * 2, t, mask=ok)
-            tl.store(spans_ptr + taped.to(tl.int64) * 2 + 1, t1, mask=ok)
+        if tape_ptr is not None:
+            ends = report_ptr + SPANS + taped.to(tl.int64) * 2
+            tl.store(ends, t, mask=ok)
+            tl.store(ends + 1, t1, mask=ok)
         finite = tl.abs(error) < float("inf")
         rejected = active & ((error <= 1) == 0)
         slots = tl.arange(0, SLOTS).to(tl.int64)
@@ -255,6 +268,7 @@ def end_kernel(
             until = passed(requested_ptr, count, t1, h, LANES).to(tl.float64)
             after = tl.where(slots == OUTPUT, tl.where(ok, until, tl.load(attempt_ptr + OUTPUT)), after)
         tl.store(decided_ptr + slots, after)
+        tl.store(report_ptr + slots, after)
 
 
 def launch_end(
@@ -265,17 +279,17 @@ def launch_end(
     requested: Tensor | None,
     kept: Sequence[Tensor],
     new: Sequence[Tensor],
+    states: int,
     tape: Tensor | None,
-    spans: Tensor | None,
+    report: Tensor,
     adaptive: bool,
 ) -> None:
     """As `ops.control.end`, by the kernel."""
     n = kept[0].numel()
     programs, block, options = launch_shape(n, kept[0].dtype)
     start(
-        end_kernel, max(programs, 1), attempt, decided, setting, error, requested, tuple(kept), tuple(new), tape, spans,
-        n, 0 if requested is None else len(requested), 0 if tape is None else tape.shape[1], adaptive, 64, block,
-        **options,
+        end_kernel, max(programs, 1), attempt, decided, setting, error, requested, tuple(kept), tuple(new), tape,
+        report, n, 0 if requested is None else len(requested), states, adaptive, 64, block, **options,
     )  # fmt: skip
 
 
@@ -300,3 +314,141 @@ def launch_add_accepted(
     if n:
         programs, block, options = launch_shape(n, total.dtype)
         start(add_accepted_kernel, programs, decided, attempt, total, step, kept, new, n, block, **options)
+
+
+# -- the first step size -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_norm(partials_ptr, value, scale, mask):
+    """Leave this block's sum of (value / scale)²; float64 at once, as plain torch adds."""
+    ratio = value / scale
+    tl.store(partials_ptr, tl.sum(tl.where(mask, ratio * ratio, 0.0).to(tl.float64), axis=0))
+
+
+@triton.jit
+def scale_at(z, setting_ptr):
+    """atol + rtol |z|, never 0."""
+    scale = tl.load(setting_ptr + ATOL).to(z.dtype) + tl.load(setting_ptr + RTOL).to(z.dtype) * tl.abs(z)
+    if scale.dtype == tl.float64:
+        scale = tl.maximum(scale, 2.2250738585072014e-308)
+    else:
+        scale = tl.maximum(scale, 1.1754943508222875e-38)
+    return scale
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def measure_kernel(
+    z_ptr, slope_ptr, second_ptr, setting_ptr, partials_ptr, n, blocks, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One block's part of the norms of z and of the slope, and whether the slope is finite; or, where there is a second
+    slope, of the norm of their difference. partials_ptr: [3, blocks], or [1, blocks], float64."""
+    block = tl.program_id(0)
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
+    slope = tl.load(slope_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
+    scale = scale_at(z, setting_ptr)
+    if second_ptr is None:
+        store_norm(partials_ptr + block, z, scale, mask)
+        store_norm(partials_ptr + blocks + block, slope, scale, mask)
+        fit = tl.sum(tl.where(mask, unless_finite(slope), 0.0), axis=0)
+        tl.store(partials_ptr + 2 * blocks + block, fit.to(tl.float64))
+    else:
+        second = tl.load(second_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
+        store_norm(partials_ptr + block, second - slope, scale, mask)
+
+
+def launch_measure(setting: Tensor, z: Tensor, slope: Tensor, second: Tensor | None) -> Tensor:
+    """The partial sums of `measure_kernel`, [3 or 1, blocks] float64."""
+    n = z.numel()
+    programs, block, options = launch_shape(n, z.dtype)
+    partials = torch.empty((3 if second is None else 1, programs), dtype=torch.float64, device=z.device)
+    wide = WIDE.get(z.dtype, tl.float32)
+    start(measure_kernel, programs, z, slope, second, setting, partials, n, programs, wide, block, **options)
+    return partials
+
+
+@triton.jit(do_not_specialize=["blocks", "count"])
+def propose_kernel(
+    partials_ptr, decided_ptr, trial_ptr, setting_ptr, sizes_ptr, blocks, count, CHOOSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program; see `ops.control.propose`."""
+    fit = total(partials_ptr + 2 * blocks, blocks, CHUNK) == 0
+    tl.store(decided_ptr + FIRST_FINITE, fit.to(tl.float64))
+    if CHOOSE:
+        t, goal = tl.load(decided_ptr + T), tl.load(setting_ptr + END)
+        zero = t - t  # float64, which the numbers by themselves are not
+        status = tl.where(fit, zero + RUNS, zero + BAD)
+        tl.store(decided_ptr + STATUS, status)
+        elements = count.to(tl.float64)
+        d0 = tl.sqrt(total(partials_ptr, blocks, CHUNK) / elements)
+        d1 = tl.sqrt(total(partials_ptr + blocks, blocks, CHUNK) / elements)
+        known = (d0 < float("inf")) & (d1 < float("inf"))
+        small = (known == 0) | (d0 < 1e-5) | (d1 < 1e-5)
+        guess = tl.where(small, 1e-6, 0.01 * d0 / tl.where(small, 1.0, d1))
+        span = tl.abs(goal - t)
+        h0 = tl.minimum(guess, span)
+        tl.store(sizes_ptr, h0)
+        tl.store(sizes_ptr + 1, d1)
+        at = tl.where(h0 < span, tl.where(goal < t, t - h0, t + h0), goal)
+        slots = tl.arange(0, SLOTS).to(tl.int64)
+        after = tl.load(decided_ptr + slots)
+        after = tl.where(slots == STATUS, status, after)
+        tl.store(trial_ptr + slots, tl.where(slots == T, at, after))
+
+
+def launch_propose(
+    decided: Tensor, trial: Tensor, setting: Tensor, z: Tensor, slope: Tensor, sizes: Tensor, choose: bool
+) -> None:
+    """As `ops.control.propose`, by the kernels."""
+    partials = launch_measure(setting, z, slope, None)
+    start(
+        propose_kernel, 1, partials, decided, trial, setting, sizes, partials.shape[1], max(z.numel(), 1), choose,
+        CHUNK, num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def extrapolate_kernel(
+    decided_ptr, setting_ptr, z_ptr, slope_ptr, sizes_ptr, out_ptr, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One block; see `ops.control.extrapolate`."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    h0 = tl.load(sizes_ptr)
+    h0 = tl.where(tl.load(setting_ptr + END) < tl.load(decided_ptr + T), -h0, h0).to(DTYPE)
+    z = tl.load(z_ptr + offsets, mask=mask).to(DTYPE) + h0 * tl.load(slope_ptr + offsets, mask=mask).to(DTYPE)
+    tl.store(out_ptr + offsets, z, mask=mask)
+
+
+def launch_extrapolate(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, sizes: Tensor, out: Tensor) -> None:
+    """As `ops.control.extrapolate`, by the kernel."""
+    n = z.numel()
+    programs, block, options = launch_shape(n, z.dtype)
+    wide = WIDE.get(z.dtype, tl.float32)
+    start(extrapolate_kernel, programs, decided, setting, z, slope, sizes, out, n, wide, block, **options)
+
+
+@triton.jit(do_not_specialize=["blocks", "count"])
+def choose_kernel(partials_ptr, decided_ptr, setting_ptr, sizes_ptr, blocks, count, CHUNK: tl.constexpr):
+    """One program; see `ops.control.choose`."""
+    h0, d1 = tl.load(sizes_ptr), tl.load(sizes_ptr + 1)
+    d2 = tl.sqrt(total(partials_ptr, blocks, CHUNK) / count.to(tl.float64)) / h0
+    distance = tl.load(setting_ptr + END) - tl.load(decided_ptr + T)
+    steepest = tl.where(d2 > d1, d2, d1)
+    flat = steepest <= 1e-15
+    least = tl.where(h0 * 1e-3 > 1e-6, h0 * 1e-3, 1e-6)
+    power = tl.exp(tl.load(setting_ptr + PLAIN) * tl.log(0.01 / tl.where(flat, 1.0, steepest)))
+    chosen = tl.minimum(tl.minimum(100 * h0, tl.where(flat, least, power)), tl.abs(distance))
+    chosen = tl.where(tl.abs(d2) < float("inf"), chosen, h0)
+    tl.store(decided_ptr + DT, tl.where(distance < 0, -chosen, chosen))
+
+
+def launch_choose(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, second: Tensor, sizes: Tensor) -> None:
+    """As `ops.control.choose`, by the kernels."""
+    partials = launch_measure(setting, z, slope, second)
+    start(
+        choose_kernel, 1, partials, decided, setting, sizes, partials.shape[1], max(z.numel(), 1), CHUNK, num_warps=8
+    )  # fmt: skip

@@ -8,7 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW, Law, Setting, Slot
+from nesterov_triton.ops import dispatch
+from nesterov_triton.ops.control import (
+    INFINITE,
+    MAX_STEPS,
+    NON_FINITE,
+    RUNNING,
+    SLOTS,
+    SPANS,
+    STEP_UNDERFLOW,
+    Law,
+    Setting,
+    Slot,
+)
 
 
 def begin(
@@ -99,8 +111,9 @@ def end(
     requested: Tensor | None,
     kept: Sequence[Tensor],
     new: Sequence[Tensor],
+    states: int,
     tape: Tensor | None,
-    spans: Tensor | None,
+    report: Tensor,
     adaptive: bool,
 ) -> None:
     """See `ops.control.end`."""
@@ -135,11 +148,13 @@ def end(
     if requested is not None:
         after[Slot.OUTPUT] = torch.where(ok, _passed(requested, t1, h), a[Slot.OUTPUT])
     decided.copy_(torch.stack([x.to(torch.float64) for x in after]))
-    if tape is not None and spans is not None:
+    report[:SLOTS].copy_(decided)
+    fit = torch.stack([torch.isfinite(value).all() for value in new[:states]]).all()
+    report[INFINITE].copy_(torch.where(ok & ~fit, 1.0, report[INFINITE]))
+    if tape is not None:
         slot = a[Slot.TAPED].to(torch.int64).clamp_max(len(tape) - 1).view(1)
-        state = torch.stack(tuple(kept[: tape.shape[1]])).unsqueeze(0)
-        ends = torch.stack((a[Slot.T], t1)).unsqueeze(0)
-        for memory, value in ((tape, state), (spans, ends)):
+        state, ends = torch.stack(tuple(kept[:states])).unsqueeze(0), torch.stack((a[Slot.T], t1)).unsqueeze(0)
+        for memory, value in ((tape, state), (report[SPANS:].view(-1, 2), ends)):
             memory.index_copy_(0, slot, torch.where(ok, value, memory.index_select(0, slot)))
     for row, value in zip(kept, new, strict=True):
         row.copy_(torch.where(ok, value, row))
@@ -164,3 +179,50 @@ def add_accepted(
     total.copy_(torch.where(ok, total - attempt[Slot.H].to(total.dtype) * step, total))
     if kept is not None and new is not None:
         kept.copy_(torch.where(ok, new, kept))
+
+
+def propose(
+    decided: Tensor, trial: Tensor, setting: Tensor, z: Tensor, slope: Tensor, sizes: Tensor, choose: bool
+) -> None:
+    """See `ops.control.propose`."""
+    fit = torch.isfinite(slope).all()
+    decided[Slot.FIRST_FINITE].copy_(fit)
+    if not choose:
+        return
+    decided[Slot.STATUS].copy_(torch.where(fit, RUNNING, NON_FINITE))
+    t, goal = decided[Slot.T], setting[Setting.END]
+    d0, d1 = _norm(z, z, setting), _norm(slope, z, setting)
+    span = (goal - t).abs()
+    known = torch.isfinite(d0) & torch.isfinite(d1)
+    small = ~known | (d0 < 1e-5) | (d1 < 1e-5)
+    h0 = torch.minimum(torch.where(small, 1e-6, 0.01 * d0 / d1), span)
+    sizes.copy_(torch.stack((h0, d1)))
+    trial.copy_(decided)
+    trial[Slot.T].copy_(torch.where(h0 < span, t + torch.sign(goal - t) * h0, goal))
+
+
+def extrapolate(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, sizes: Tensor, out: Tensor) -> None:
+    """See `ops.control.extrapolate`."""
+    wide = dispatch.wide(z.dtype)
+    h0 = torch.sign(setting[Setting.END] - decided[Slot.T]) * sizes[0]
+    out.copy_(z.to(wide) + h0.to(wide) * slope.to(wide))
+
+
+def choose(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, second: Tensor, sizes: Tensor) -> None:
+    """See `ops.control.choose`."""
+    distance = setting[Setting.END] - decided[Slot.T]
+    h0, d1 = sizes.unbind(0)
+    wide = dispatch.wide(z.dtype)
+    d2 = _norm(second.to(wide) - slope.to(wide), z, setting) / h0
+    steepest = torch.maximum(d1, d2)
+    h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / steepest) ** setting[Setting.PLAIN])
+    chosen = torch.minimum(torch.minimum(100 * h0, h1), distance.abs())
+    decided[Slot.DT].copy_(torch.sign(distance) * torch.where(torch.isfinite(d2), chosen, h0))
+
+
+def _norm(values: Tensor, z: Tensor, setting: Tensor) -> Tensor:
+    """Of values, [D], relative to the tolerance at z; 0-d float64."""
+    wide = dispatch.wide(z.dtype)
+    scale = setting[Setting.ATOL].to(wide) + setting[Setting.RTOL].to(wide) * z.abs().to(wide)
+    squares = torch.square(values.to(wide) / scale.clamp_min(torch.finfo(wide).tiny))
+    return torch.sqrt(squares.sum(dtype=torch.float64) / max(values.numel(), 1))
