@@ -8,9 +8,11 @@
 6. Whole solves, by graphs, by the eager loop and compiled, beside plain torch and torchdiffeq, on a small state and on
    a large one with a cheap field.
 
-Needs torch, triton, torchdiffeq, pytest and numpy, and the repository's root as the working directory. Prints a table
-and writes `benchmarks/results/<gpu>-<date>.json`. A part that fails is said to have failed, and the others still run.
+Needs torch, triton, torchdiffeq, pytest, pytest-xdist and numpy, and the repository's root as the working directory.
+Prints a table and writes `benchmarks/results/<gpu>.json`, in which the parts that are not run anew stay as they are;
+each says its commit and date. A part that fails is said to have failed, and the others still run.
 
+    python -m benchmarks.gpu --only checks   # the tests and the sanitizer: two minutes; all that is timed: four
     python -m benchmarks.gpu --rehearse      # on a CPU: every part on tiny sizes under triton's interpreter, no figures
 """
 
@@ -21,12 +23,13 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +49,7 @@ if not GPU:  # before anything imports triton
 
 import nesterov_triton as nt  # noqa: E402
 from benchmarks import timing, traffic  # noqa: E402
+from benchmarks.gpu_failures import FAILURES  # noqa: E402
 from benchmarks.problems import BOUND, T0, T1, TOLERANCE, XI, Problem, TorchdiffeqSystem, relative_error  # noqa: E402
 from benchmarks.report import Line, commit, table, today, versions  # noqa: E402
 from nesterov_triton import nystrom  # noqa: E402
@@ -91,61 +95,77 @@ def path(kernels: bool) -> Iterator[None]:
 # --- correctness
 
 
-def run_tests(workers: int = 12) -> dict[str, Any]:
-    """The kernels' tests in so many processes, each with a share of them: most of their time is compilation."""
+def checks() -> dict[str, Any]:
+    """The tests and the sanitizers, all at once: they leave most of the GPU and of a machine of 16 cores idle."""
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        "tests": run_tests,
+        # Without the caching allocator each tensor is an allocation, and what lies beyond it is not ours; a capture
+        # needs it.
+        "memcheck, eager loop": lambda: sanitize("memcheck", "eager", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        "memcheck, graphs": lambda: sanitize("memcheck", "graph"),
+        "racecheck": lambda: sanitize("racecheck", "graph"),
+    }
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        waiting = {name: pool.submit(job) for name, job in jobs.items()}
+        return {name: one.result() for name, one in waiting.items()}
+
+
+def run_tests(workers: int = 13, limit: int = 240) -> dict[str, Any]:
+    """The kernels' tests in so many processes: most of their time is compilation. After `limit` seconds it counts what
+    was done."""
     files = [f"tests/test_{name}.py" for name in TESTS]
-    listed = _python("-m", "pytest", "-q", "--collect-only", *files)
-    names = [line for line in listed.stdout.splitlines() if "::" in line]
-    if not names:
-        raise RuntimeError(f"no tests were found: {listed.stdout[-2000:]}{listed.stderr[-2000:]}")
-    random.Random(0).shuffle(names)
+    with tempfile.TemporaryDirectory() as folder:
+        log, failures = Path(folder, "log"), Path(folder, "failures")
+        with log.open("w") as out:
+            environment = {**_environment(), FAILURES: str(failures)}
+            command = [sys.executable, "-m", "pytest", "-n", str(workers), "-q", "--tb=short", "-p", "no:cacheprovider"]
+            process = subprocess.Popen(
+                [*command, "-p", "benchmarks.gpu_failures", *files], cwd=ROOT, stdout=out, stderr=out, env=environment
+            )
+            try:
+                process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                process.wait(20)
+        said = log.read_text()
+        counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", said)}
+        found = failures.read_text() if failures.exists() else ""
+    print(found)
+    names = re.findall(r"^### (\S+)", found, re.MULTILINE)
+    return {"exit": process.returncode, **counts, "failures": names, "end": said.splitlines()[-3:]}
 
-    def share(k: int) -> subprocess.CompletedProcess[str]:
-        return _python("-m", "pytest", "-q", "-p", "no:cacheprovider", *names[k::workers], limit=400)
 
-    with ThreadPoolExecutor(workers) as pool:
-        done = list(pool.map(share, range(workers)))
-    counts: dict[str, int] = {}
-    for one in done:
-        for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", one.stdout):
-            counts[what] = counts.get(what, 0) + int(number)
-    failures = [line for one in done for line in one.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    for line in failures[:20]:
-        print(line)
-    broken = [one.stdout[-1500:] for one in done if one.returncode not in (0, 1)]
-    return {"collected": len(names), **counts, "failures": failures, "broken": broken}
-
-
-def sanitize(tool: str) -> dict[str, Any]:
+def sanitize(tool: str, loop: str, **variables: str) -> dict[str, Any]:
     """A small run of every layer under compute-sanitizer."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
         return {"said": "compute-sanitizer was not found"}
-    # Without the caching allocator each tensor is an allocation, and what lies beyond it is not ours.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=kernel"]
+    # Calls that fail are torch's affair: it asks whether pointers are its own, and so on.
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
     done = subprocess.run(
-        [*command, sys.executable, "-m", "benchmarks.gpu", "--small-run"],
-        cwd=ROOT, capture_output=True, text=True, timeout=150, env=environment, check=False,
+        [*command, sys.executable, "-m", "benchmarks.gpu", "--small-run", loop],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**_environment(), **variables}, check=False,
     )  # fmt: skip
     said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-    return {"exit": done.returncode, "said": said[-1] if said else (done.stdout + done.stderr)[-500:]}
+    if done.returncode:
+        print(tool, loop, done.stdout[-3000:], done.stderr[-3000:])
+    loops = sorted(set(re.findall(r"loop(?:_backward)?='([^']*)'", done.stdout)))
+    return {"exit": done.returncode, "said": said[-1] if said else (done.stdout + done.stderr)[-500:], "loops": loops}
 
 
-def small_run() -> None:
+def small_run(loop: str) -> None:
     """What compute-sanitizer watches: every layer, forward and backward, with odd sizes and an output in mid-step."""
-    kinds, loops = (nt.NODE, nt.SONODE, nt.GNesterovNODE), ("eager", "graph")
-    for kind, gradient, loop in itertools.product(kinds, ("discrete", "adjoint"), loops):
-        options: dict[str, Any] = {"gradient": gradient, "loop": loop, "rtol": 1e-2, "atol": 1e-2}
+    kinds: tuple[Any, ...] = (nt.NODE, nt.SONODE, nt.NesterovNODE, nt.GNesterovNODE)
+    methods = ("dopri5", "discrete"), ("dopri5", "adjoint"), ("nystrom4", "discrete"), ("nystrom4", "adjoint")
+    for kind, (method, gradient) in itertools.product(kinds, methods):
+        if method == "nystrom4" and kind in (nt.NODE, nt.SONODE):  # not for them
+            continue
+        options: dict[str, Any] = {"gradient": gradient, "method": method, "loop": loop, "rtol": 1e-2, "atol": 1e-2}
         layer = kind(Affine().to(DEVICE), t=(1.0, 1.4, 2.0), **options)
         h = torch.randn(193, 7, device=DEVICE).requires_grad_()
-        layer(h).square().sum().backward()
+        for _ in range(2):
+            layer(h).square().sum().backward()
         print(kind.__name__, gradient, layer.stats)
-    for kind, loop in itertools.product((nt.NesterovNODE, nt.GNesterovNODE), loops):
-        layer = kind(Affine().to(DEVICE), t=(1.0, 1.4, 2.0), method="nystrom4", loop=loop, rtol=1e-2, atol=1e-2)
-        h = torch.randn(193, 7, device=DEVICE).requires_grad_()
-        layer(h).square().sum().backward()
-        print(kind.__name__, "nystrom4", layer.stats)
 
 
 class Affine(nn.Module):
@@ -160,12 +180,8 @@ class Affine(nn.Module):
         return u if m is None else u - m
 
 
-def _python(*arguments: str, limit: int = 120) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False, env=environment,
-    )  # fmt: skip
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 # --- accuracy
@@ -388,9 +404,14 @@ def latency(scale: Scale) -> dict[str, Any]:
 
 def wall(call: Callable[[], object], scale: Scale) -> float:
     """Seconds of a call from the host's side, the device's end of a long row of them included."""
-    repeats = 200 if GPU else 1
+    call()
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    repeats = max(1, min(200, int(scale.seconds / (time.perf_counter() - start))))
     found = []
-    for _ in range(5 if GPU else 1):
+    for _ in range(7 if GPU else 1):
         _synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -409,7 +430,11 @@ def _synchronize() -> None:
 
 
 def loops(scale: Scale) -> dict[str, Any]:
-    """Microseconds of an attempted step on a small state, forward and in training, and of its field calls alone."""
+    """Microseconds of an attempted step on a small state, forward and in training, and of its field calls alone.
+
+    A step's own time is the difference of two solves that take different numbers of them; the mean over a solve of the
+    five steps that the tolerance asks for has start and end in it, two more field calls among them.
+    """
     problem = problem_on(DEVICE, torch.float32, scale.batch)
     t, calls = torch.tensor(T0, device=DEVICE), DOPRI5.stages - 1
 
@@ -429,25 +454,39 @@ def loops(scale: Scale) -> dict[str, Any]:
         found[f"{calls} field calls"] = 1e6 * wall(floor, scale)
     for loop in ("graph", "eager"):
         for gradient, method in (("discrete", "dopri5"), ("adjoint", "dopri5"), ("discrete", "nystrom4")):
-            ours = layer(problem, gradient, loop=loop, method=method)
-            forward = torch.no_grad()(lambda ours=ours: ours(problem.h0.detach()))
-
-            def train(ours: nn.Module = ours) -> object:
-                return problem.gradients(ours(problem.h0))
-
-            for name, call in (("forward", forward), ("training", train)):
+            for name in ("forward", "training"):
                 if name == "forward" and gradient == "adjoint":
                     continue
-                for _ in range(3):
-                    call()
-                said = (ours.stats.loop, ours.stats.loop_backward) if name == "training" else (ours.stats.loop,)
-                attempts = ours.stats.accepted + ours.stats.rejected
+                solve = partial(_attempts, problem, name, gradient, loop, method, scale)
+                seconds, attempts, said = solve({})
                 which = name if name == "forward" else f"{name}, {gradient}"
                 which += "" if method == "dopri5" else f", {method}"
-                found[f"{which}, {loop}: an attempted step"] = 1e6 * wall(call, scale) / attempts
-                found[f"{which}, {loop}: loops"] = list(said)
+                found[f"{which}, {loop}: mean over a solve"] = 1e6 * seconds / attempts
+                found[f"{which}, {loop}: loops"] = said
+                steady = {"controller": nt.controllers.Integral(max_factor=1.0), "rtol": 1e3}
+                few, many = (solve(steady | {"first_step": 1 / n}) for n in (8, 24))
+                found[f"{which}, {loop}: an attempted step"] = 1e6 * (many[0] - few[0]) / (many[1] - few[1])
     found["step over field"] = found["forward, graph: an attempted step"] / found[f"{calls} field calls"]
     return found
+
+
+def _attempts(
+    problem: Problem, name: str, gradient: str, loop: str, method: str, scale: Scale, options: dict[str, Any]
+) -> tuple[float, int, list[str]]:
+    """Seconds of a call, attempted steps, and which loops it took."""
+    ours = layer(problem, gradient, loop=loop, method=method, **options)
+
+    def call() -> object:
+        if name == "forward":
+            with torch.no_grad():
+                return ours(problem.h0.detach())
+        return problem.gradients(ours(problem.h0))
+
+    for _ in range(3):
+        call()
+    stats = ours.stats
+    said = [stats.loop, stats.loop_backward] if name == "training" else [stats.loop]
+    return wall(call, scale), stats.accepted + stats.rejected, said
 
 
 # --- whole solves
@@ -571,25 +610,18 @@ def parts(scale: Scale) -> dict[str, Callable[[], dict[str, Any]]]:
         "loops": lambda: loops(scale),
         "solves": lambda: solves(scale),
     }
-    if not GPU:
-        return everywhere
-    checks = {
-        "tests": run_tests, "memcheck": lambda: sanitize("memcheck"), "racecheck": lambda: sanitize("racecheck")
-    }  # fmt: skip
-    return everywhere | checks
+    return {"checks": checks} | everywhere if GPU else everywhere
 
 
 def lines(found: dict[str, Any]) -> list[Line]:
     """The table: what is aimed at, and what says most of the rest."""
     rows = []
-    if "tests" in found:
-        tests = found["tests"]
-        bad = len(tests["failures"]) + len(tests["broken"])
-        rows.append(Line("tests that failed", bad, ("<=", 0), f"of {tests['collected']}"))
-    for tool in ("memcheck", "racecheck"):
-        one = found.get(tool, {})
-        if "exit" in one:
-            rows.append(Line(f"compute-sanitizer {tool}, exit status", one["exit"], ("<=", 0), one["said"]))
+    for name, one in found.get("checks", {}).items():
+        if name == "tests":
+            bad, failed = len(one["failures"]), one["exit"] != 0
+            rows.append(Line("tests that failed", bad or failed, ("<=", 0), f"{one.get('passed', 0)} passed"))
+        elif "exit" in one:
+            rows.append(Line(f"compute-sanitizer {name}, exit status", one["exit"], ("<=", 0), one["said"].strip("= ")))
     for name, one in found.get("accuracy", {}).items():
         target = {"float64": 1e-8, "float32": 1e-3}.get(name.split()[0])
         rows.append(Line(f"relative error, {name}", one["error"], ("<=", target) if target else None))
@@ -632,19 +664,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU under triton's interpreter")
     parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts alone")
-    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/<gpu>-<date>.json)")
-    parser.add_argument("--small-run", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/<gpu>.json)")
+    parser.add_argument("--commit", default=commit(), help="where there is no checkout to ask")
+    parser.add_argument("--small-run", metavar="LOOP", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not GPU and not options.rehearse:
         parser.error("torch sees no CUDA device; --rehearse runs the script without one")
     torch.manual_seed(0)
     if options.small_run:
-        small_run()
+        small_run(options.small_run)
         return 0
-    began, found, failed = time.monotonic(), {}, {}
-    durations = {}
+    output = options.output
+    if output is None and not options.rehearse:
+        slug = re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
+        output = Path(__file__).parent / "results" / f"{slug}.json"
+    began = time.monotonic()
+    before = json.loads(output.read_text()) if output is not None and output.exists() else {}
+    every = parts(TINY if options.rehearse else FULL)
+    found = {name: before[name] for name in every if name in before}
+    ran = dict(before.get("parts", {}))
+    failed = {}
     with path(True):
-        for name, part in parts(TINY if options.rehearse else FULL).items():
+        for name, part in every.items():
             if options.only and name not in options.only:
                 continue
             start = time.monotonic()
@@ -653,23 +694,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Exception:  # the others still run, and what failed is said
                 failed[name] = traceback.format_exc()
                 print(f"{name} failed:\n{failed[name]}")
-            durations[name] = round(time.monotonic() - start, 1)
-            print(f"{name}: {durations[name]} s", flush=True)
+            seconds = round(time.monotonic() - start, 1)
+            ran[name] = {"date": today(), "commit": options.commit, "seconds": seconds}
+            print(f"{name}: {seconds} s", flush=True)
     header = {
         "gpu": gpu_name(),
         "driver": driver(),
         "cuda": torch.version.cuda,
         "versions": versions("torch", "triton", "torchdiffeq"),
         "date": today(),
-        "commit": commit(),
-        "seconds": durations,
+        "commit": options.commit,
+        "parts": ran,
         "failed": failed,
     }
     rows = lines(found)
-    output = options.output
-    if output is None and not options.rehearse:
-        slug = re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
-        output = Path(__file__).parent / "results" / f"{slug}-{today()}.json"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         printed = [asdict(row) | {"met": row.met} for row in rows]

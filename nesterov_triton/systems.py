@@ -335,4 +335,6 @@ def _number(name: str, value: object) -> float:
 
 
 def _broadcast(c: Tensor, x: Tensor) -> Tensor:
+    if c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad:
+        return c.to(x.dtype)  # goes into the launch by value: a transfer takes the host as long as the product
     return c.to(x.device, x.dtype).reshape(c.shape + (1,) * (x.ndim - c.ndim))

@@ -641,7 +641,7 @@ class Loop:
 
     def __init__(self):
         self.value = torch.zeros(1)
-        self.replays, self.used = {}, set()
+        self.replays, self.used, self.meanwhile = {}, set(), None
 
     def part(self, name):
         return self.add
@@ -680,22 +680,136 @@ def test_a_graph_that_gives_something_else_is_not_used(monkeypatch):
     loop = Loop()
     entry = graphs.Entry(loop)
     monkeypatch.setattr(graphs, "captured", lambda part, device: lambda: None)
-    assert by_graph(loop, entry) == 3
+    assert by_graph(loop, entry) is None
     assert "another result" in entry.reason
     assert not loop.replays
     assert entry.loop is None
 
 
-def test_what_cannot_be_captured_is_called(monkeypatch):
+def test_what_cannot_be_captured_is_refused(monkeypatch):
     def refuse(part, device):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     loop = Loop()
     entry = graphs.Entry(loop)
     monkeypatch.setattr(graphs, "captured", refuse)
-    assert by_graph(loop, entry) == 3
+    assert by_graph(loop, entry) is None
     assert "cannot be captured: CUDA error: operation not permitted" in entry.reason
     assert not loop.replays
+
+
+def test_a_look_is_taken_once_the_device_is_at_work(monkeypatch):
+    """At the first chance that the loop gives, or else at the end; and what it raises goes through."""
+    loop, said = Loop(), []
+    entry = graphs.Entry(loop)
+    monkeypatch.setattr(graphs, "captured", lambda part, device: part)
+    by_graph(loop, entry)
+    solve = loop.solve
+
+    def waits():
+        loop.meanwhile()
+        said.append("waited")
+        return solve()
+
+    def by(solve, check):
+        return graphs.by_graph(entry, torch.device("cpu"), solve, lambda x: [x], check)
+
+    assert by(waits, lambda: said.append("looked")) == 3
+    assert said == ["looked", "waited"]
+    assert by(solve, lambda: said.append("looked")) == 3
+    assert said == ["looked", "waited", "looked"]
+
+    def stale():
+        raise graphs.Stale(graphs.Signature("another"))
+
+    with pytest.raises(graphs.Stale):
+        by(waits, stale)
+    assert loop.meanwhile is None
+    assert loop.replays
+
+
+def test_the_loop_used_last_is_known_without_a_look():
+    field = Field()
+    key = (graphs.identity(field), "forward")
+    first, second = (graphs.LOOPS.get((*key, what), field) for what in ("a", "b"))
+    assert graphs.LOOPS.last(key) is None
+    for entry, what in ((first, "a"), (second, "b")):
+        graphs.LOOPS.keep(entry, Loop)
+        graphs.LOOPS.confirm(key, (*key, what))
+        assert graphs.LOOPS.last(key) is entry
+    second.refuse("it was found out")
+    assert graphs.LOOPS.last(key) is None
+    graphs.LOOPS.confirm(key, (*key, "a"))
+    assert graphs.LOOPS.last(key) is first
+    del field
+    gc.collect()
+    assert graphs.LOOPS.last(key) is None
+
+
+def test_memory_that_a_field_reads_and_does_not_own_is_known():
+    """What a replay in vain might still read: not what it is given, and not its own parameters."""
+    constant, field = torch.randn(2, 2, dtype=F64), Field().double()
+
+    class Closure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = field
+
+        def forward(self, t, h):
+            return self.inner(t, h) @ constant
+
+    closure = Closure()
+    seen = look(closure)
+    assert len(seen.outside) == 1 + len(list(field.parameters()))
+    assert [x.data_ptr() for x in graphs.not_own(seen.outside, closure)] == [constant.data_ptr()]
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="nothing is captured on a CPU")
+def test_a_capture_that_fails_leaves_the_device_as_it_was():
+    """Streams, allocator, and the generator, which refused to draw random numbers from then on."""
+
+    class Synchronizes(Field):
+        def forward(self, t, h):
+            torch.cuda.synchronize()
+            return super().forward(t, h)
+
+    layer = nt.GNesterovNODE(Synchronizes(), loop="graph").double().to(DEVICE)
+    h = features(3, 2).to(DEVICE).requires_grad_()
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        out = layer(h)
+    out.sum().backward()
+    assert layer.stats.loop.startswith("eager: the field cannot be captured")
+    torch.randn(3, device=DEVICE)
+    again = nt.GNesterovNODE(Field(), loop="graph").double().to(DEVICE)
+    again(h).sum().backward()
+    assert (again.stats.loop, again.stats.loop_backward) == ("graph", "graph")
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="nothing is captured on a CPU")
+def test_a_field_that_changed_its_mind_is_found_out():
+    """What had been launched by the graph that was used last counts for nothing."""
+    scale = [1.0]
+
+    class Scaled(Field):
+        def forward(self, t, h):  # as a closure would
+            return scale[0] * super().forward(t, h)
+
+    field = Scaled()
+    layers = [nt.GNesterovNODE(field, loop=loop).double().to(DEVICE) for loop in ("graph", "eager")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    h = features(3, 2).to(DEVICE).requires_grad_()
+    for scale[0] in (1.0, 1.0, 3.0, 3.0, 1.0, 3.0):
+        found = []
+        for layer in layers:
+            out = layer(h)
+            grads = gradients(layer, out.square().sum(), h)
+            found.append([out.detach(), *grads])
+        stats = [layer.stats for layer in layers]
+        assert (stats[0].loop, stats[0].loop_backward) == ("graph", "graph")
+        assert (stats[0].nfe_forward, stats[0].nfe_backward) == (stats[1].nfe_forward, stats[1].nfe_backward)
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    assert graphs.LOOPS.count == 4
 
 
 def test_an_interruption_leaves_no_graph_that_nobody_has_checked(monkeypatch):

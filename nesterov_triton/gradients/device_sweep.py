@@ -28,7 +28,7 @@ class DeviceTranspose(Generic[S]):
         like: a state, [D].
 
     Attributes:
-        replays, used: as `DeviceLoop`'s.
+        replays, used, meanwhile: as `DeviceLoop`'s.
     """
 
     def __init__(self, sweep: S, like: Tensor) -> None:
@@ -44,6 +44,7 @@ class DeviceTranspose(Generic[S]):
         self.z, self.adjoint = torch.zeros_like(like), torch.zeros_like(like)
         self.replays: dict[str, Callable[[], None]] = {}
         self.used: set[str] = set()
+        self.meanwhile: Callable[[], None] | None = None
         self._cost = 0
 
     def bind(self, flow: Flow, times: Sequence[float]) -> None:
@@ -93,6 +94,8 @@ class DeviceTranspose(Generic[S]):
             self.replays.get("step", self._step)()
             self.used.add("step")
             network.evaluations = before + self._cost  # a replay is not seen
+        if self.meanwhile is not None:
+            self.meanwhile()
         sweep.finish()
         return adjoint.clone()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,7 +21,6 @@ from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
 from nesterov_triton.systems import Momentum
 
 R = TypeVar("R")
-AUTO = False  # whether loop="auto" chooses graphs, from the second solve of a kind on
 CALLED = "device: attempts are called one by one, for a CPU has no graphs"
 
 
@@ -59,62 +58,108 @@ def on_device(
         solve: solves by it; may be called twice, for the same.
         results: what of the result is compared when a graph is new.
     """
-    device = problem.z.device
-    cuda = device.type == "cuda"
-    found: R | None = None
-    with torch.cuda.device(device) if cuda else nullcontext():
-        try:
-            field = problem.system.field
-            key: tuple[Hashable, ...] = (graphs.identity(field), kind, detail, *_key(problem))
-            if cuda:
-                params = None if kind == "forward" else flow.params
-                seen = graphs.signature(flow.network, *_sample(flow, z, t), params=params, check=_check_leaves)
-                key += (graphs.own_tensors(field), graphs.switches(), seen)
+    device, field, before = problem.z.device, problem.system.field, flow.network.evaluations
+    key: tuple[Hashable, ...] = (graphs.identity(field), kind, detail, *_key(problem))
+    given = make, solve, results
+    try:
+        if device.type != "cuda":
             entry = graphs.LOOPS.get(key, field)
-            entry.uses += 1
-            if entry.reason:
-                raise graphs.Unfit(entry.reason)
-            if problem.loop == "auto" and entry.uses < 2:
-                raise graphs.Unfit("the first of its kind; the next one is captured")
-            with graphs.LOOPS.borrow(entry, cuda) as free:
-                _say(problem, kind, ("graph" if cuda else CALLED) if free else "eager: the captured loop is in use")
-                if free:
-                    found = _solve(problem, flow, entry, kind, make, solve, results)
-        except graphs.Unfit as reason:
-            _decline(problem, kind, str(reason))
-    return found
+            _check(problem, entry)
+            return _by(problem, flow, kind, entry, None, *given)
+        with torch.cuda.device(device):
+            key += (graphs.own_tensors(field), graphs.switches())
+            look = partial(_look, flow, z, t, params=None if kind == "forward" else flow.params)
+            stream = torch.cuda.current_stream(device)
+            seen, last = None, graphs.LOOPS.last(key)
+            if last is not None:
+                try:
+                    found = _by(problem, flow, kind, last, stream, *given, _comparison(last, look, stream))
+                except graphs.Stale as stale:
+                    seen, flow.network.evaluations = stale.seen, before
+                else:
+                    if found is not None:
+                        return found
+            seen = seen or look()
+            full = (*key, seen.digest)
+            entry = graphs.LOOPS.get(full, field)
+            _check(problem, entry)
+            entry.seen, entry.outside = seen.digest, graphs.not_own(seen.outside, field)
+            found = _by(problem, flow, kind, entry, stream, *given)
+            if found is not None:
+                graphs.LOOPS.confirm(key, full)
+            return found
+    except graphs.Unfit as reason:
+        flow.network.evaluations = before
+        _decline(problem, kind, str(reason))
+        return None
 
 
-def _solve(
+def _check(problem: Problem, entry: graphs.Entry) -> None:
+    """Raise Unfit where the entry is not to be used, or not yet."""
+    entry.uses += 1
+    if entry.reason:
+        raise graphs.Unfit(entry.reason)
+    if problem.loop == "auto" and entry.uses < 2:
+        raise graphs.Unfit("the first of its kind; the next one is captured")
+
+
+def _look(flow: Flow, z: Tensor, t: float, ready: Any = None, *, params: Sequence[Tensor] | None) -> graphs.Signature:
+    """What the field does, at `z` and `t`, seen on a stream beside the current one; see `graphs.aside`."""
+    with graphs.aside(flow.device, ready):
+        return graphs.signature(flow.network, *_sample(flow, z, t), params=params, check=_check_leaves)
+
+
+def _comparison(entry: graphs.Entry, look: Callable[..., graphs.Signature], stream: Any) -> Callable[[], None]:
+    """Raises Stale where the field, looked at beside the stream, does something else than what the entry is for."""
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    ready.record(stream)
+
+    def compare() -> None:
+        seen = look(ready)
+        if seen.digest != entry.seen:
+            raise graphs.Stale(seen)
+
+    return compare
+
+
+def _by(
     problem: Problem,
     flow: Flow,
-    entry: graphs.Entry,
     kind: Kind,
+    entry: graphs.Entry,
+    stream: Any,
     make: Callable[[], Any],
     solve: Callable[[Any], R],
     results: Callable[[R], Sequence[Tensor]],
+    check: Callable[[], None] | None = None,
 ) -> R | None:
-    graphs.LOOPS.keep(entry, make)
-    before = flow.network.evaluations
+    """By the loop of an entry, on the current CUDA stream or a CPU; None where that is in use or cannot be."""
+    device, before = problem.z.device, flow.network.evaluations
 
     def again() -> R:
         flow.network.evaluations = before
         return solve(entry.loop)
 
-    try:
-        if problem.z.device.type == "cuda":
-            found = graphs.by_graph(entry, problem.z.device, again, results)
-            if entry.reason:
-                graphs.warn_once(entry.reason)
-                _say(problem, kind, f"eager: {entry.reason}")
-            return found
-        return again()
-    except (Overwritten, RuntimeError) as error:
-        if not is_overwritten(error):
-            raise
-        flow.network.evaluations = before
-        entry.refuse("the field returns memory that it has returned before (a captured graph's, perhaps)")
-        raise graphs.Unfit(entry.reason) from None
+    with graphs.LOOPS.borrow(entry, stream) as free:
+        by = CALLED if stream is None else "graph"
+        _say(problem, kind, by if free else "eager: the captured loop is in use")
+        if not free:
+            return None
+        graphs.LOOPS.keep(entry, make)
+        try:
+            if stream is None:
+                return again()
+            found = graphs.by_graph(entry, device, again, results, check)
+        except (Overwritten, RuntimeError) as error:
+            if not is_overwritten(error):
+                raise
+            entry.refuse("the field returns memory that it has returned before (a captured graph's, perhaps)")
+            raise graphs.Unfit(entry.reason) from None
+        if found is None:
+            flow.network.evaluations = before
+            graphs.warn_once(entry.reason)
+            _say(problem, kind, f"eager: {entry.reason}")
+        return found
 
 
 def _check_leaves(evaluation: Evaluation, params: Sequence[Tensor]) -> None:
@@ -143,8 +188,6 @@ def _objection(problem: Problem) -> str:
         return "loop='eager'"
     if problem.loop == "auto" and problem.z.device.type != "cuda":
         return f"the state is on the {problem.z.device.type.upper()}"
-    if problem.loop == "auto" and not AUTO:
-        return "graphs have not been run on a GPU yet; loop='graph' asks for one"
     if problem.z.device.type != "cpu" and not problem.path().kernels:
         return problem.path().reason
     if isinstance(problem.system, Momentum) and not problem.system.follows_rule:

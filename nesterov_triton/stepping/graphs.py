@@ -1,9 +1,12 @@
 """Device loops that are kept and, on CUDA devices, captured as graphs.
 
-A graph replays launches with the addresses they were captured with and sees no Python. So before every solve the field
-is called once and watched: what operators it calls, with which numbers, on which memory beside its arguments
-(`signature`). Only a loop that was captured with the very same is used; parameters that were replaced, another mode, a
-tensor that a closure has bound anew lead to another one.
+A graph replays launches with the addresses they were captured with and sees no Python. So in every solve the field is
+called once and watched: what operators it calls, with which numbers, on which memory beside its arguments
+(`signature`). Only a loop that was captured with the very same counts; parameters that were replaced, another mode, a
+tensor that a closure has bound anew lead to another one. That takes the host 0.7 ms, with a vector-Jacobian product
+2.2 ms (batch 256, a network of two layers, H200), as long as the device needs for such a solve. So the graph that was
+used last is launched at once, and the field looked at meanwhile, on another stream; if it does something else, what was
+launched is forgotten. It has written to memory of the loop alone, and all that it reads is kept (`Entry.outside`).
 
 The first solve by a graph is made twice, by calls and by replays: what does not give the same is not used.
 """
@@ -11,19 +14,20 @@ The first solve by a graph is made twice, by calls and by replays: what does not
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nesterov_triton.network import Evaluation, Network
 from nesterov_triton.status import SolveError
@@ -39,10 +43,12 @@ class Looping(Protocol):
     Attributes:
         replays: what is called in the place of a part, by the part's name.
         used: the names of the parts that have been called.
+        meanwhile: called once in a solve, when all that can be launched is.
     """
 
     replays: dict[str, Callable[[], None]]
     used: set[str]
+    meanwhile: Callable[[], None] | None
 
     def part(self, name: str) -> Callable[[], None]:
         """The part itself."""
@@ -60,7 +66,10 @@ class Entry:
         uses: how often it was.
         reason: why it must not be used; empty while it may.
         busy: whether somebody uses the loop.
-        done: the end of its last use on a CUDA device, for whoever uses it on another stream.
+        done, stream: the end of its last use on a CUDA device, for whoever uses it on another stream.
+        seen: the digest of what the field does that it is for.
+        outside: memory that the field reads and that is neither given nor its own; kept, or a replay that is in vain
+            might read where nothing is any more.
     """
 
     loop: Any = None
@@ -68,10 +77,13 @@ class Entry:
     reason: str = ""
     busy: bool = False
     done: Any = None
+    stream: Any = None
+    seen: str = ""
+    outside: tuple[torch.UntypedStorage, ...] = ()
 
     def refuse(self, reason: str) -> None:
         """Never again, and no memory for it."""
-        self.reason, self.loop = reason, None
+        self.reason, self.loop, self.outside = reason, None, ()
 
 
 class Loops:
@@ -84,6 +96,7 @@ class Loops:
     def __init__(self, size: int = SIZE) -> None:
         self.size = size
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._last: dict[Hashable, Hashable] = {}
         self._watched: dict[int, Any] = {}
         self._gone: deque[int] = deque()  # filled at any moment at all, by the garbage collector
         self._lock = threading.RLock()
@@ -91,7 +104,14 @@ class Loops:
     def clear(self) -> None:
         """Drop them all, and their memory."""
         with self._lock:
-            self._entries.clear()
+            for key in list(self._entries):
+                self._drop(key)
+            self._last.clear()
+
+    def _drop(self, key: Hashable) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None and entry.loop is not None and entry.done is not None:
+            entry.done.synchronize()  # its memory may go to another stream
 
     @property
     def count(self) -> int:
@@ -113,6 +133,24 @@ class Loops:
             self._entries.move_to_end(key)
             return entry
 
+    def last(self, key: tuple[Hashable, ...]) -> Entry | None:
+        """The entry that was confirmed last for what is known without a look at the field, while it has a loop."""
+        with self._lock:
+            self._purge()
+            full = self._last.get(key)
+            entry = None if full is None else self._entries.get(full)
+            if entry is None or entry.loop is None:
+                self._last.pop(key, None)
+                return None
+            self._entries.move_to_end(full)
+            entry.uses += 1
+            return entry
+
+    def confirm(self, key: tuple[Hashable, ...], full: tuple[Hashable, ...]) -> None:
+        """The entry of `full` is the one to try for `key`."""
+        with self._lock:
+            self._last[key] = full
+
     def keep(self, entry: Entry, make: Callable[[], Any]) -> None:
         """Make the entry's loop if it has none, and drop the oldest ones beyond the size."""
         if entry.loop is not None:
@@ -123,7 +161,7 @@ class Loops:
         with self._lock:
             idle = [key for key, other in list(self._entries.items()) if other.loop is not None and not other.busy]
             for key in idle[: max(0, self.count - self.size)]:
-                self._entries.pop(key, None)
+                self._drop(key)
 
     def _watch(self, owner: Any) -> None:
         owner = getattr(owner, "__self__", owner)  # a bound method goes as soon as nobody looks
@@ -137,27 +175,31 @@ class Loops:
             token = self._gone.popleft()
             self._watched.pop(token, None)
             for key in [key for key in list(self._entries) if key[0][0] == token]:  # type: ignore[index]
-                self._entries.pop(key, None)
+                self._drop(key)
+            for key in [key for key in self._last if key[0][0] == token]:  # type: ignore[index]
+                del self._last[key]
 
     @contextlib.contextmanager
-    def borrow(self, entry: Entry, cuda: bool) -> Iterator[bool]:
+    def borrow(self, entry: Entry, stream: Any) -> Iterator[bool]:
         """Use an entry's loop; false where it is in use: by another thread, or by the solve that this one is inside.
 
-        On a CUDA device, for whatever stream is current: it waits for the one before.
+        On a CUDA device, on the current `stream`, whichever that is: it waits for the one before.
         """
         with self._lock:
             free = not entry.busy
             entry.busy = entry.busy or free
         try:
-            if free and entry.done is not None:
-                torch.cuda.current_stream().wait_event(entry.done)
+            if free and entry.done is not None and stream != entry.stream:
+                stream.wait_event(entry.done)
             yield free
         finally:
             if free:
                 if entry.loop is not None:
                     entry.loop.release()
-                    if cuda:
-                        entry.done = torch.cuda.current_stream().record_event()
+                    if stream is not None:
+                        entry.done = entry.done or torch.cuda.Event()  # type: ignore[no-untyped-call]
+                        entry.done.record(stream)
+                        entry.stream = stream
                 entry.busy = False
 
 
@@ -184,24 +226,34 @@ _UNFIT = {
 _LOOKING = threading.RLock()
 
 
+@dataclass(frozen=True)
+class Signature:
+    """What one call of a field does: its digest, and the memory it reads beside its arguments."""
+
+    digest: str
+    outside: tuple[torch.UntypedStorage, ...] = dataclasses.field(default=(), compare=False)
+
+
 class _Watch(TorchDispatchMode):
     """Writes down every operator call, on what is given and on anything else."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Hashable] = []
+        self.outside: dict[int, torch.UntypedStorage] = {}
         self._device = given[0].device
         self._known = {x.untyped_storage().data_ptr(): i for i, x in enumerate(given)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = _leaves((*args, *kwargs.values()))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         self._check(func, args, tensors)
         self.calls.append((str(func), *(self._leaf(x) for x in leaves)))
         result = func(*args, **kwargs)
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        if any(x.device != y.device and (x.ndim or x.device.type != "cpu") for x in tensors for y in made):
+        made = [x for x in _leaves((result,)) if isinstance(x, Tensor)]
+        devices = {x.device for x in made}
+        if any(devices - {x.device} and (x.ndim or x.device.type != "cpu") for x in tensors):
             raise Unfit("the field moves tensors between devices")
         for x in made:
             if x.layout == torch.strided:
@@ -209,28 +261,49 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _check(self, func: Any, args: Any, tensors: Sequence[Tensor]) -> None:
-        for tag, what in _UNFIT.items():
-            if tag in func.tags:
-                indices = [i for x in args[1:2] if isinstance(x, list | tuple) for i in x if isinstance(i, Tensor)]
-                plain = func is torch.ops.aten.index.Tensor and all(i.dtype == torch.int64 for i in indices)
-                if not plain:
-                    raise Unfit(f"the field {what}: {func}")
+        unfit, written = _properties(func)
+        if unfit:
+            indices = [i for x in args[1:2] if isinstance(x, list | tuple) for i in x if isinstance(i, Tensor)]
+            plain = func is torch.ops.aten.index.Tensor and all(i.dtype == torch.int64 for i in indices)
+            if not plain:
+                raise Unfit(f"the field {unfit}: {func}")
         if any(type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided for x in tensors):
             raise Unfit("the field uses tensors that are not plain memory (sparse ones, or a subclass)")
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self._known:
+        for value in (args[k] for k in written if k < len(args)):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self._known:
                 raise Unfit(f"the field changes a tensor of its own: {func}")
 
     def _leaf(self, x: Any) -> Hashable:
         if not isinstance(x, Tensor):
             return x if isinstance(x, int | float | bool | str | type(None)) else str(x)
-        place = x.untyped_storage().data_ptr()
+        storage = x.untyped_storage()
+        place = storage.data_ptr()
         known = self._known.get(place)
         where: Any = place if known is None else -1 - known
-        if known is None and x.device != self._device and x.ndim == 0:  # goes into a launch by value
-            where = x.item()
+        if known is None:
+            self.outside[place] = storage
+            if x.device != self._device and x.ndim == 0:  # goes into a launch by value
+                where = x.item()
         return where, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, str(x.device), x.requires_grad
+
+
+def _leaves(values: Iterable[Any]) -> list[Any]:
+    """What an operator is given or gives, lists opened; a third of the time of torch's own, which open anything."""
+    found: list[Any] = []
+    for x in values:
+        if isinstance(x, list | tuple):
+            found += _leaves(x)
+        else:
+            found.append(x)
+    return found
+
+
+@functools.cache
+def _properties(func: Any) -> tuple[str, tuple[int, ...]]:
+    """Of an operator: why it cannot be captured, if it cannot; the places of the arguments that it writes to."""
+    unfit = next((what for tag, what in _UNFIT.items() if tag in func.tags), "")
+    infos = [argument.alias_info for argument in func._schema.arguments]
+    return unfit, tuple(k for k, info in enumerate(infos) if info is not None and info.is_write)
 
 
 def signature(
@@ -239,7 +312,7 @@ def signature(
     *features: Tensor,
     params: Sequence[Tensor] | None = None,
     check: Callable[[Evaluation, Sequence[Tensor]], None] | None = None,
-) -> str:
+) -> Signature:
     """What one call of the field does, in a form to compare; with `params`, its vector-Jacobian product too, of what
     `check` has seen.
 
@@ -262,14 +335,22 @@ def signature(
                 evaluation.pullback(torch.ones_like(evaluation.u).reshape(-1), tuple(params))
     finally:
         network.evaluations = before
-    return hashlib.sha256(repr(watch.calls).encode()).hexdigest()
+    return Signature(hashlib.sha256(repr(watch.calls).encode()).hexdigest(), tuple(watch.outside.values()))
 
 
-def own_tensors(field: Callable[..., Any]) -> Hashable:
+def own_tensors(field: Callable[..., Any]) -> tuple[tuple[int, bool], ...]:
     """Where the field's parameters and buffers lie, and which of them need gradients."""
     if not isinstance(field, nn.Module):
         return ()
     return tuple((x.data_ptr(), x.requires_grad) for x in (*field.parameters(), *field.buffers()))
+
+
+def not_own(storages: Iterable[torch.UntypedStorage], field: Callable[..., Any]) -> tuple[torch.UntypedStorage, ...]:
+    """Those that hold neither parameters nor buffers of the field."""
+    own = set()
+    if isinstance(field, nn.Module):
+        own = {x.untyped_storage().data_ptr() for x in (*field.parameters(), *field.buffers())}
+    return tuple(x for x in storages if x.data_ptr() not in own)
 
 
 def switches() -> Hashable:
@@ -287,12 +368,42 @@ def switches() -> Hashable:
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 _CAPTURING = threading.RLock()
+_STREAMS = threading.local()  # of each thread: another one's look at its field must not get into a capture
+
+
+def _stream(device: torch.device) -> Any:
+    """This thread's stream on the device beside the current one."""
+    known: dict[Any, Any] = _STREAMS.__dict__
+    if device not in known:
+        known[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return known[device]
+
+
+@contextlib.contextmanager
+def aside(device: torch.device, ready: Any = None) -> Iterator[None]:
+    """On a CUDA device what is launched within goes to another stream: before all that is launched after it, or, with
+    the event that it has to wait for, beside it. Nothing of that may be used outside."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _stream(device)
+    if ready is None:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    else:
+        stream.wait_event(ready)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        if ready is None:
+            torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def captured(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The function's launches as a graph, to be replayed on the current stream. It must have run before.
+    """The function's launches as a graph, to be replayed on the current stream. It must have run before, `aside`:
+    autograd goes back on the streams that it went forward on.
 
-    Not by `torch.cuda.graph`, which leaves stream and allocator as they are in a capture when one fails.
+    Not by `torch.cuda.graph`, which leaves stream, allocator and generator as they are in a capture when one fails.
 
     Raises:
         RuntimeError: it does what cannot be captured.
@@ -301,7 +412,7 @@ def captured(function: Callable[[], None], device: torch.device) -> Callable[[],
     with _CAPTURING, torch.cuda.device(device):
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(_stream(device)):
             # Other threads, such as those that load data, may go on meanwhile.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
@@ -312,9 +423,19 @@ def captured(function: Callable[[], None], device: torch.device) -> Callable[[],
                     graph.capture_end()
                 with contextlib.suppress(RuntimeError, AttributeError):
                     torch._C._cuda_endAllocateToPool(device.index, pool)
+                _settle(device)
                 raise
         torch.cuda.synchronize()
     return graph.replay
+
+
+def _settle(device: torch.device) -> None:
+    """A capture that fails leaves the device's generator of random numbers in it, which then refuses to draw any; the
+    end of one that does not fail takes it out."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    torch.zeros(1, device=device)
+    graph.capture_end()
 
 
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
@@ -339,21 +460,38 @@ def warn_once(reason: str) -> None:
         warnings.warn(f"the eager loop runs instead of a graph: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def by_graph(entry: Entry, device: torch.device, solve: Callable[[], R], results: Callable[[R], Sequence[Tensor]]) -> R:
-    """`solve()` by the entry's loop, by replays if they can be had. Where none can, the entry says why.
+class Stale(Exception):
+    """The field does something else than the graph that was launched."""
+
+    def __init__(self, seen: Signature) -> None:
+        super().__init__()
+        self.seen = seen
+
+
+def by_graph(
+    entry: Entry,
+    device: torch.device,
+    solve: Callable[[], R],
+    results: Callable[[R], Sequence[Tensor]],
+    check: Callable[[], None] | None = None,
+) -> R | None:
+    """`solve()` by replays of the entry's loop. None where they cannot be had, and then the entry says why.
 
     Args:
         solve: may be called twice, for the same.
         results: what is to be compared of what it returns.
+        check: called once, as soon as the device has something to do.
     """
     loop: Looping = entry.loop
-    called = solve()
-    new = sorted(loop.used - set(loop.replays))
-    if not new:
-        return called
+    if loop.replays or check is not None:
+        found = _beside(loop, solve, check)
+        if loop.used <= loop.replays.keys():
+            return found
+    with aside(device):
+        called = solve()
     before, reason = dict(loop.replays), "the field cannot be captured"
     try:
-        for name in new:
+        for name in sorted(loop.used - loop.replays.keys()):
             loop.replays[name] = captured(loop.part(name), device)
         replayed = solve()
         if same(results(called), results(replayed)):
@@ -368,4 +506,23 @@ def by_graph(entry: Entry, device: torch.device, solve: Callable[[], R], results
         if reason:
             loop.replays = before
     entry.refuse(reason)
-    return called
+    return None
+
+
+def _beside(loop: Looping, solve: Callable[[], R], check: Callable[[], None] | None) -> R:
+    """`solve()`, and `check()` while the device is at it."""
+    if check is None:
+        return solve()
+    left = [check]
+
+    def once() -> None:
+        if left:
+            left.pop()()
+
+    loop.meanwhile = once
+    try:
+        found = solve()
+    finally:
+        loop.meanwhile = None
+    once()
+    return found
