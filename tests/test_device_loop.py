@@ -1,26 +1,32 @@
 """The loop that is decided on the device: the eager loop's steps, values, gradients and failures, with no look at the
 device in between. On a CPU its attempts are called one by one; on a CUDA device they are replayed."""
 
+import contextlib
 import copy
 import gc
 import itertools
 import math
+import queue
+import random
 import threading
+import time
 import warnings
 import weakref
 
 import pytest
 import torch
-from support import MODELS, Field, features, gradients, live_tensors, options_for
+from support import MODELS, Field, clone, features, gradients, live_tensors, options_for
 from torch import nn
 
 import nesterov_triton as nt
 from benchmarks.counters import MarkedField, OperatorCount
 from nesterov_triton import gates, tableaus
+from nesterov_triton.gradients import on_device
 from nesterov_triton.network import Network
 from nesterov_triton.ops import control
 from nesterov_triton.ops.control import Law, Setting, Slot, reference
 from nesterov_triton.stepping import device_loop, graphs
+from nesterov_triton.stepping.device_loop import DeviceLoop
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BY = "graph" if DEVICE == "cuda" else "device"
@@ -215,6 +221,81 @@ def test_a_tape_that_is_full_is_emptied(monkeypatch):
     layer = make(loop="graph").to(DEVICE)
     run(lambda: layer, h, TIMES["two"])
     assert layer.stats.accepted > 2 * 4
+
+
+class Elsewhere(threading.Thread):
+    """A device that does what it is told in order and when it likes, with an event behind what it was told so far."""
+
+    def __init__(self, pause):
+        super().__init__(daemon=True)
+        self.todo, self.pause = queue.SimpleQueue(), pause
+        self.marks, self.told, self.failed = 0, 0, None
+        self.start()
+
+    def run(self):
+        while (job := self.todo.get()) is not None:
+            time.sleep(self.pause())
+            try:
+                job()
+            except Exception as error:
+                self.failed = error
+
+    def record(self):
+        self.told += 1
+        self.todo.put(lambda: setattr(self, "marks", self.marks + 1))
+
+    def query(self):
+        if self.failed is not None:
+            raise self.failed
+        return self.marks == self.told
+
+    def synchronize(self):
+        while not self.query():
+            time.sleep(0)
+
+
+@pytest.mark.parametrize("taped", [4, 64])
+@pytest.mark.parametrize("pause", [0.0, 1e-3, "now and then"])
+def test_the_host_runs_ahead_of_a_device_that_is_slow(monkeypatch, pause, taped):
+    """What the host sees meanwhile is old, or half of it; it launches ahead, and counts what is there at the end."""
+    draw = random.Random(0).random
+    device = Elsewhere(lambda: 3e-3 * (draw() < 0.3) if pause == "now and then" else pause)
+    called, looks = DeviceLoop._call, []
+
+    def launch(self, name):
+        if name not in self._costs:  # what it costs is known once it has been called
+            called(self, name)
+            self._event = device
+            return
+        self.used.add(name)
+        device.todo.put(self.part(name))
+
+    def look(self, unload=None):
+        self.meanwhile = lambda: looks.append(device.query())
+        return run_loop(self, unload)
+
+    run_loop = DeviceLoop.run
+    monkeypatch.setattr(DeviceLoop, "_call", launch)
+    monkeypatch.setattr(DeviceLoop, "run", look)
+    monkeypatch.setattr(device_loop, "TAPE_BYTES", 0 if taped == 4 else 2**20)
+    field = Field()
+    layers = [nt.GNesterovNODE(field, rtol=tol, atol=tol, loop="graph").double() for tol in (1e-5, 1e-9, 1e-3)]
+    h = 3 * features(5, 2)
+    for _ in range(2):
+        for layer in layers:  # more steps than the last time, and fewer
+            with torch.no_grad():
+                expected = clone(layer, loop="eager")
+                out, truth = layer(h, TIMES["many"]), expected(h, TIMES["many"])
+            torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-12)
+            assert [getattr(layer.stats, k) for k in COUNTS] == [getattr(expected.stats, k) for k in COUNTS]
+            out = layer(h.requires_grad_())
+            gradients(layer, out.sum(), h)
+            assert layer.stats.accepted > 2
+    with pytest.raises(nt.SolveError, match="max_steps") as failed:
+        nt.GNesterovNODE(field, rtol=1e-9, atol=1e-9, max_steps=9, loop="graph").double()(h.detach())
+    assert failed.value.steps == 9
+    device.todo.put(None)
+    assert len(looks) == 2 * 3 * 2 + 1
 
 
 def test_no_host_read_for_a_step():
@@ -746,6 +827,27 @@ def test_the_loop_used_last_is_known_without_a_look():
     assert graphs.LOOPS.last(key) is None
 
 
+def test_a_signature_does_not_depend_on_where_temporary_memory_happens_to_lie():
+    field, litter = Field().double(), []
+
+    def long(t, h):
+        for _ in range(20):
+            h = torch.cat((field(t, h), field(t, h)))[: len(h)] + h.exp()
+        return h
+
+    first = look(long)
+    for k in range(20):
+        litter += [torch.randn(3, 2, dtype=F64) for _ in range(7)]
+        del litter[::3]
+        assert look(long) == first, k
+
+
+def test_a_field_that_changes_a_view_of_its_own_tensor_is_unfit():
+    count = torch.zeros(3, 2, dtype=F64)
+    with pytest.raises(graphs.Unfit, match="changes a tensor of its own"):
+        look(lambda t, h: h + count.view(-1).add_(1).view(3, 2))
+
+
 def test_memory_that_a_field_reads_and_does_not_own_is_known():
     """What a replay in vain might still read: not what it is given, and not its own parameters."""
     constant, field = torch.randn(2, 2, dtype=F64), Field().double()
@@ -785,31 +887,101 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was():
     assert (again.stats.loop, again.stats.loop_backward) == ("graph", "graph")
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="nothing is captured on a CPU")
-def test_a_field_that_changed_its_mind_is_found_out():
-    """What had been launched by the graph that was used last counts for nothing."""
+class FakeEvent:
+    def record(self, stream=None):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    """On a CPU what a CUDA device does: parts are captured, and replayed as they were when they were captured. Such a
+    replay is the part itself, with the `scale` that there was."""
     scale = [1.0]
+    if DEVICE == "cuda":
+        return scale
+
+    def captured(part, device):
+        known = scale[0]
+
+        def replay():
+            now, scale[0] = scale[0], known
+            try:
+                part()
+            finally:
+                scale[0] = now
+
+        return replay
+
+    monkeypatch.setattr(graphs, "captures", lambda device: True)
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "the stream")
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    return scale
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_a_field_that_changed_its_mind_is_found_out(fake_graphs, gradient):
+    """What had been launched by the graph that was used last counts for nothing: not its values, and not its
+    evaluations."""
+    scale = fake_graphs
 
     class Scaled(Field):
         def forward(self, t, h):  # as a closure would
             return scale[0] * super().forward(t, h)
 
     field = Scaled()
-    layers = [nt.GNesterovNODE(field, loop=loop).double().to(DEVICE) for loop in ("graph", "eager")]
+    layers = [nt.GNesterovNODE(field, loop=loop, gradient=gradient).double() for loop in ("graph", "eager")]
     layers[1].load_state_dict(layers[0].state_dict())
     h = features(3, 2).to(DEVICE).requires_grad_()
     for scale[0] in (1.0, 1.0, 3.0, 3.0, 1.0, 3.0):
         found = []
         for layer in layers:
-            out = layer(h)
-            grads = gradients(layer, out.square().sum(), h)
-            found.append([out.detach(), *grads])
-        stats = [layer.stats for layer in layers]
-        assert (stats[0].loop, stats[0].loop_backward) == ("graph", "graph")
-        assert (stats[0].nfe_forward, stats[0].nfe_backward) == (stats[1].nfe_forward, stats[1].nfe_backward)
+            out = layer.to(DEVICE)(h, TIMES["many"])
+            found.append([out.detach(), *gradients(layer, out.square().sum(), h)])
+        stats, expected = (layer.stats for layer in layers)
+        assert (stats.loop, stats.loop_backward) == ("graph", "graph")
+        assert [getattr(stats, k) for k in COUNTS] == [getattr(expected, k) for k in COUNTS]
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
     assert graphs.LOOPS.count == 4
+
+
+def test_the_field_is_looked_at_once_in_a_solve(fake_graphs, monkeypatch):
+    """Whether a solve captures or replays; and a loop that is in use, or a refused one, is not waited for."""
+    looks, signature = [], graphs.signature
+    monkeypatch.setattr(graphs, "signature", lambda *a, **k: (looks.append(1), signature(*a, **k))[1])
+    layer = nt.GNesterovNODE(Field(), loop="graph").double().to(DEVICE)
+    h = features(3, 2).to(DEVICE)
+    with torch.no_grad():
+        for count in range(1, 4):
+            out = layer(h)
+            assert len(looks) == count
+        (entry,) = graphs.LOOPS._entries.values()
+        entry.busy = True
+        torch.testing.assert_close(layer(h), out)
+        assert layer.stats.loop == "eager: the captured loop is in use"
+        entry.busy = False
+        entry.refuse("it was found out")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            torch.testing.assert_close(layer(h), out)
+        assert layer.stats.loop == "eager: it was found out"
+
+
+def test_auto_captures_what_comes_again(fake_graphs, monkeypatch):
+    monkeypatch.setattr(on_device, "AUTO", True)
+    monkeypatch.setattr(on_device, "_objection", lambda problem: "")
+    layer = nt.GNesterovNODE(Field()).double().to(DEVICE)
+    said = []
+    for _ in range(3):
+        layer(features(3, 2).to(DEVICE)).sum().backward()
+        said.append((layer.stats.loop, layer.stats.loop_backward))
+    first = "eager: the first of its kind; the next one is captured"
+    assert said == [(first, first), ("graph", "graph"), ("graph", "graph")]
 
 
 def test_an_interruption_leaves_no_graph_that_nobody_has_checked(monkeypatch):

@@ -21,6 +21,7 @@ from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
 from nesterov_triton.systems import Momentum
 
 R = TypeVar("R")
+AUTO = False  # whether loop="auto" chooses graphs, from the second solve of a kind on
 CALLED = "device: attempts are called one by one, for a CPU has no graphs"
 
 
@@ -62,7 +63,7 @@ def on_device(
     key: tuple[Hashable, ...] = (graphs.identity(field), kind, detail, *_key(problem))
     given = make, solve, results
     try:
-        if device.type != "cuda":
+        if not graphs.captures(device):
             entry = graphs.LOOPS.get(key, field)
             _check(problem, entry)
             return _by(problem, flow, kind, entry, None, *given)
@@ -188,6 +189,8 @@ def _objection(problem: Problem) -> str:
         return "loop='eager'"
     if problem.loop == "auto" and problem.z.device.type != "cuda":
         return f"the state is on the {problem.z.device.type.upper()}"
+    if problem.loop == "auto" and not AUTO:
+        return "graphs as they are now have not been run on a GPU yet; loop='graph' asks for one"
     if problem.z.device.type != "cpu" and not problem.path().kernels:
         return problem.path().reason
     if isinstance(problem.system, Momentum) and not problem.system.follows_rule:

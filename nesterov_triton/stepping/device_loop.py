@@ -315,7 +315,8 @@ class DeviceLoop:
         Raises:
             RuntimeError: the device stopped reporting.
         """
-        launched = unloaded = recorded = 0
+        launched = unloaded = 0
+        recorded = False  # whether the event is behind all that was launched
         event, meanwhile, self.meanwhile = self._event, self.meanwhile, None
         ahead = int(self._event is not None and self._seconds < SHORT)
         begun = time.perf_counter()
@@ -350,13 +351,14 @@ class DeviceLoop:
             if launched < max(limit, finished + 1):
                 self._call("attempt")
                 launched += 1
+                recorded = False
             elif meanwhile is not None:
                 meanwhile()
                 meanwhile = None
             elif event is not None:
-                if recorded != launched:
+                if not recorded:
                     event.record()
-                    recorded = launched
+                    recorded = True
                 # A query raises where the device has failed.
                 if event.query() and self._look() == seen:
                     raise RuntimeError("the device has finished the attempts launched and reports nothing of them")

@@ -243,6 +243,7 @@ class _Watch(TorchDispatchMode):
         self.outside: dict[int, torch.UntypedStorage] = {}
         self._device = given[0].device
         self._known = {x.untyped_storage().data_ptr(): i for i, x in enumerate(given)}
+        self._made = len(given)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -255,9 +256,13 @@ class _Watch(TorchDispatchMode):
         devices = {x.device for x in made}
         if any(devices - {x.device} and (x.ndim or x.device.type != "cpu") for x in tensors):
             raise Unfit("the field moves tensors between devices")
-        for x in made:
-            if x.layout == torch.strided:
-                self._known.setdefault(x.untyped_storage().data_ptr(), len(self._known))
+        # What is not an argument's is new, also where something lay that is gone: memory is used again as it happens.
+        places = {x.untyped_storage().data_ptr() for x in tensors}
+        for place in (x.untyped_storage().data_ptr() for x in made if x.layout == torch.strided):
+            if place not in places:
+                places.add(place)
+                self._known[place] = self._made
+                self._made += 1
         return result
 
     def _check(self, func: Any, args: Any, tensors: Sequence[Tensor]) -> None:
@@ -366,6 +371,12 @@ def switches() -> Hashable:
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def captures(device: torch.device) -> bool:
+    """Whether there are graphs on the device; elsewhere attempts are called one by one."""
+    return device.type == "cuda"
+
 
 _CAPTURING = threading.RLock()
 _STREAMS = threading.local()  # of each thread: another one's look at its field must not get into a capture
