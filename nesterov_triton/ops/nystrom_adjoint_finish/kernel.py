@@ -175,7 +175,9 @@ def launch(
         return AdjointFinish(new, last, nothing, sums if quadratures else None)
     gated = not isinstance(gate_x, Identity)
     plan = plan_of(method, gated)
-    held = 8 + (2 + quadratures) * len(forces) + len(plan.paths)
+    # Of each stage F, v and P, and in float64 weights enough to count; without a gate dense output has more columns.
+    held = 8 + (5 if z.dtype == torch.float64 else 3) * len(forces) + len(plan.paths)
+    held += 2 * (dense is not None and not gated)
     programs, block, options = launch_shape(n, z.dtype, held)
     partials = torch.empty((1 + 2 * quadratures, programs), dtype=torch.float64, device=z.device)
     start(

@@ -4,12 +4,11 @@ and to the cotangent of the output, which goes back through the field.
 What is stored was decided by counting rows of N values, of a whole step of state and adjoint whose first force F_0 and
 v_0 are known, its finish included, without a gate on the momentum and with one:
 
-| kept of earlier stages                   | nystrom4    | nystrom6 | blanes_moan4 |
-|------------------------------------------|-------------|----------|--------------|
-| F_j and the adjoint's P_j, w_m,j         | 64, 67      | 115      | 146, 152     |
-| F_j and P_j                              | 57, 60      | 104      | 133, 139     |
-| F_j and v_j, all else computed again     | **50, 54**  | **95**   | **122, 128** |
-| u_j and v_j, everything computed again   | 48, 52      | 91       | 117, 123     |
+| kept of earlier stages                  | nystrom4   | nystrom6 | blanes_moan4 |
+|-----------------------------------------|------------|----------|--------------|
+| F_j and the adjoint's own, P_j          | 53, 57     | 90       | 113, 120     |
+| F_j and v_j, P_j and W_j computed again | **50, 54** | **86**   | **107, 114** |
+| u_j and v_j, everything computed again  | 48, 52     | 82       | 102, 109     |
 
 v_j is what the field's vector-Jacobian product leaves in memory anyway, and is of a itself: the last one of a step is
 the next one's first, whatever the damping. The last line is the floor; it is not what is done, for the reasons that
@@ -112,7 +111,8 @@ def launch(
     if n:
         gated = not isinstance(gate_x, Identity)
         plan = plan_of(method, gated)
-        held = 7 + 2 * len(through) + len(plan.paths)
+        # In float64 the weights of a stage count, too.
+        held = 7 + (5 if z.dtype == torch.float64 else 2) * len(through) + len(plan.paths)
         programs, block, options = launch_shape(n, z.dtype, held)
         start(
             adjoint_stage_kernel, programs, z, adjoint, output, tuple(forces), tuple(through), coefficients, weights,
