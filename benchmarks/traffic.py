@@ -351,6 +351,59 @@ def nystrom_reverse_floor(method: Nystrom, gated: bool) -> int:
     return sum(launch.rows for launch in nystrom_reverse_step(method, gated)) - (2 * positions + gated)
 
 
+def nystrom_adjoint_stage(method: Nystrom, gated: bool, stage: int, ahead: bool = True) -> Launch:
+    """The launch that takes the field's output at a stage, with the forces and the v before it, to that stage's force
+    and `ahead` to the features of the stage after it, which the last one has not, and to the output's cotangent; see
+    `ops.nystrom_adjoint_stage`."""
+    plan, more = plan_of(method, gated), stage < method.stages - 1
+    state = _position(plan, stage) if more else set[int]()
+    if more and ahead:
+        state |= _position(plan, stage + 1)
+    momenta, adjoint = _adjoint_position(plan, stage)
+    state = (state | momenta) - {2 + stage}
+    return Launch(f"Nystrom adjoint stage {stage}", 1 + len(state) + len(adjoint), 1 + more * (1 + ahead))
+
+
+def nystrom_adjoint_finish(method: Nystrom, gated: bool) -> Launch:
+    """The launch that ends an adjoint step, with or without the quadratures; its second half reads no rows."""
+    plan, last = plan_of(method, gated), method.stages - 1
+    state, adjoint = _adjoint_position(plan, last)
+    state |= {0, 1} | _position(plan, last)
+    adjoint |= {0, 1, 2 + last}  # the last P must be finite
+    for row in plan.ends:
+        state |= _columns(row)
+        adjoint |= _columns(row)
+    return Launch("Nystrom adjoint finish", 1 + len(state - {2 + last}) + len(adjoint), 5)
+
+
+def nystrom_adjoint_step(method: Nystrom, gated: bool) -> list[Launch]:
+    """All launches of one step of a method of `nystrom` with its adjoint, from a known force and a known v."""
+    last, first = method.stages - 1, nystrom_stage(method, gated, 1, output=False)
+    stages = [nystrom_adjoint_stage(method, gated, stage) for stage in range(1, last + 1)]
+    return [first, *stages, nystrom_adjoint_finish(method, gated), Launch("norm", 0, 0)]
+
+
+def nystrom_adjoint_floor(method: Nystrom, gated: bool) -> int:
+    """As `nystrom_floor`."""
+    return sum(launch.rows for launch in nystrom_adjoint_step(method, gated)) - (method.stages - 2)
+
+
+def _adjoint_position(plan: Plan, i: int) -> tuple[set[int], set[int]]:
+    """The columns that W_i is made of: x, m, F_0, … for the gates' derivatives, and a_m, a_x, v_0, …; a P is made of
+    its v and its W."""
+    state, adjoint, todo, done = set[int](), set[int](), [i], set[int]()
+    while todo:
+        k = todo.pop()
+        done.add(k)
+        found = _position(plan, k)
+        adjoint |= found
+        if k and plan.paths:
+            adjoint.add(0)
+            state = state.union(*(_columns(plan.paths[q]) for q in _columns(plan.positions[k - 1])))
+        todo += [j - 2 for j in found if j >= 2 and j - 2 not in done]
+    return state, adjoint
+
+
 def nystrom_dense_output(times: int) -> Launch:
     """The launch that gives the states at so many times inside a step; at the floor."""
     return Launch("Nystrom dense output", 6, 2 * times)
@@ -424,6 +477,8 @@ def main() -> None:
         (momentum_reverse_step(tableau, pairs=False), momentum_reverse_floor(tableau, pairs=False)),
         *((at_floor, sum(launch.rows for launch in at_floor)) for at_floor in first_order),
         (nystrom_step(nystrom4, gated=True), nystrom_floor(nystrom4, gated=True)),
+        (nystrom_adjoint_step(nystrom4, gated=False), nystrom_adjoint_floor(nystrom4, gated=False)),
+        (nystrom_adjoint_step(nystrom4, gated=True), nystrom_adjoint_floor(nystrom4, gated=True)),
         (nystrom_reverse_step(nystrom4, gated=False), nystrom_reverse_floor(nystrom4, gated=False)),
         (nystrom_reverse_step(nystrom4, gated=True), nystrom_reverse_floor(nystrom4, gated=True)),
     ):

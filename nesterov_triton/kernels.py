@@ -35,8 +35,8 @@ def path(system: System, device: torch.device | str, *tolerances: Tensor | float
     """The path of a solve of `system` with its state on `device`, at these tolerances.
 
     Backpropagation (gradient="backprop") always takes plain torch, as do the backward passes of "discrete" with respect
-    to times and of "adjoint" with its quadratures in the norm: `Stats.path` and `Stats.path_backward` say what became
-    of a solve.
+    to times, of "adjoint" with its quadratures in the norm, and of "reversible": `Stats.path` and `Stats.path_backward`
+    say what became of a solve.
     """
     where = torch.device(device)
     if not dispatch.runs_kernels(where):

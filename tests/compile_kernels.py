@@ -39,6 +39,8 @@ from nesterov_triton.ops.momentum_reverse_stage import kernel as momentum_revers
 from nesterov_triton.ops.momentum_stage import kernel as momentum_stage
 from nesterov_triton.ops.nystrom import kernel as nystrom_weights
 from nesterov_triton.ops.nystrom.reference import size_of
+from nesterov_triton.ops.nystrom_adjoint_finish import kernel as nystrom_adjoint_finish
+from nesterov_triton.ops.nystrom_adjoint_stage import kernel as nystrom_adjoint_stage
 from nesterov_triton.ops.nystrom_dense_output import kernel as nystrom_dense_output
 from nesterov_triton.ops.nystrom_finish import kernel as nystrom_finish
 from nesterov_triton.ops.nystrom_reverse_finish import kernel as nystrom_reverse_finish
@@ -103,6 +105,7 @@ def main(capabilities: list[int]) -> None:
                     "case": label,
                     "kernel": name,
                     **resources(ptx, capability),
+                    "warps": kernel.metadata.num_warps,
                     # Rows read and written: block loads and stores that are left after the compiler's clean-up.
                     "loads": len(re.findall(r"tt\.load .*: tensor<", ttir)),
                     "stores": len(re.findall(r"tt\.store .*: tensor<", ttir)),
@@ -244,6 +247,7 @@ def nystrom_cases():  # type: ignore[no-untyped-def]
                 for wanted, sums in ((False, ""), (True, " sums")):
                     call = nystrom_reverse_finish_call(method, gate, wanted)
                     yield f"nystrom reverse finish {name} float32{label}{sums}", call
+                yield from nystrom_adjoint_cases(name, method, gate, label)
     nystrom4 = nystrom.METHODS["nystrom4"]
     yield "nystrom stage 0 nystrom4 float32", nystrom_stage_call(nystrom4, 0, IDENTITY)
     for dtype in (torch.float64, torch.bfloat16):
@@ -254,6 +258,16 @@ def nystrom_cases():  # type: ignore[no-untyped-def]
         yield f"nystrom reverse stage 1 nystrom4 {name} gated", nystrom_reverse_stage_call(nystrom4, 1, SOFTCLIP, dtype)
         call = nystrom_reverse_finish_call(nystrom4, SOFTCLIP, True, dtype)
         yield f"nystrom reverse finish nystrom4 {name} gated sums", call
+        yield f"nystrom adjoint stage 2 nystrom4 {name} gated", nystrom_adjoint_stage_call(nystrom4, 2, SOFTCLIP, dtype)
+        for gate, label in ((IDENTITY, ""), (SOFTCLIP, " gated")):
+            call = nystrom_adjoint_finish_call(nystrom4, gate, "damping", dtype)
+            yield f"nystrom adjoint finish nystrom4 {name}{label} damping", call
+    for gate, label in ((IDENTITY, ""), (SOFTCLIP, " gated")):  # the one of most stages
+        blanes_moan4 = nystrom.METHODS["blanes_moan4"]
+        call = nystrom_adjoint_stage_call(blanes_moan4, 5, gate, torch.float64)
+        yield f"nystrom adjoint stage 5 blanes_moan4 float64{label}", call
+        call = nystrom_adjoint_finish_call(blanes_moan4, gate, "damping", torch.float64)
+        yield f"nystrom adjoint finish blanes_moan4 float64{label} damping", call
     for dtype in (torch.float32, torch.float64):
         for gate, label in ((IDENTITY, ""), (SOFTCLIP, " gated")):
             name = str(dtype).removeprefix("torch.")
@@ -262,9 +276,18 @@ def nystrom_cases():  # type: ignore[no-untyped-def]
                 yield f"nystrom dense weights {name}{label}", nystrom_dense_weights_call(gate)
 
 
-def nystrom_numbers(method, gate):  # type: ignore[no-untyped-def]
+def nystrom_adjoint_cases(name, method, gate, label):  # type: ignore[no-untyped-def]
+    """Of one method; the finish without quadratures, with those of ξ, and with those of γ, too."""
+    for stage in sorted({0, 1, method.stages - 2, method.stages - 1}):
+        yield f"nystrom adjoint stage {stage} {name} float32{label}", nystrom_adjoint_stage_call(method, stage, gate)
+    for sums in ("", " sums", " damping"):
+        call = nystrom_adjoint_finish_call(method, gate, sums.strip())
+        yield f"nystrom adjoint finish {name} float32{label}{sums}", call
+
+
+def nystrom_numbers(method, gate, growth=False):  # type: ignore[no-untyped-def]
     """coefficients, weights."""
-    size = size_of(method, gate is not IDENTITY)
+    size = size_of(method, gate is not IDENTITY, growth)
     return torch.empty((method.stages, 4), dtype=torch.float64), torch.empty(size, dtype=torch.float64)
 
 
@@ -298,6 +321,22 @@ def nystrom_reverse_finish_call(method, gate, sums, dtype=torch.float32):  # typ
     return lambda: nystrom_reverse_finish.launch(
         pair(dtype), forces, pair(dtype), rows(last - 1, dtype), *rows(1, dtype), coefficients, weights, *scalars(1),
         method, gate, None, weights if sums else None,
+    )  # fmt: skip
+
+
+def nystrom_adjoint_stage_call(method, stage, gate, dtype=torch.float32):  # type: ignore[no-untyped-def]
+    return lambda: nystrom_adjoint_stage.launch(
+        *rows(1, dtype), pair(dtype), rows(stage, dtype), pair(dtype), rows(stage, dtype),
+        *nystrom_numbers(method, gate, True), method, gate, SOFTCLIP, stage < method.stages - 1,
+    )  # fmt: skip
+
+
+def nystrom_adjoint_finish_call(method, gate, sums, dtype=torch.float32):  # type: ignore[no-untyped-def]
+    last, shape = method.stages - 1, (3, 2, 6 if gate is IDENTITY else 8)
+    return lambda: nystrom_adjoint_finish.launch(
+        *rows(1, dtype), pair(dtype), rows(last, dtype), pair(dtype), rows(last + 1, dtype),
+        *nystrom_numbers(method, gate, True), *scalars(3), method, gate, SOFTCLIP, True, bool(sums),
+        torch.empty(shape, dtype=torch.float64) if sums == "damping" else None,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -300,11 +301,12 @@ def test_the_host_runs_ahead_of_a_device_that_is_slow(monkeypatch, pause, taped)
 
 def test_no_host_read_for_a_step():
     """However many steps there are, the device is looked at as often, forward and backward."""
-    for gradient in ("discrete", "adjoint"):
+    for method, gradient in itertools.product(("dopri5", "nystrom4"), ("discrete", "adjoint")):
         reads, steps = [], []
         for tolerance in (1e-3, 1e-6, 1e-9):
             field = MarkedField(Field())
-            layer = nt.GNesterovNODE(field, gradient=gradient, rtol=tolerance, atol=tolerance, loop="graph").double()
+            options = {"method": method, "gradient": gradient, "rtol": tolerance, "atol": tolerance}
+            layer = nt.GNesterovNODE(field, **options, loop="graph").double()
             h = (3 * features(3, 2)).to(DEVICE).requires_grad_()
             with OperatorCount(field) as count:
                 layer.to(DEVICE)(h, (1.0, 1.5, 2.0)).sum().backward()
@@ -482,6 +484,18 @@ def test_backward_passes_that_need_the_eager_loop():
     with pytest.warns(RuntimeWarning, match="in the norm"):
         layer(h).sum().backward()
     assert "norm" in layer.stats.loop_backward
+    for method in ("dopri5", "nystrom4"):  # the loop on the device has a norm of its own
+        graphs._warned.clear()
+        found = []
+        for loop in ("eager", "graph"):
+            strategy = nt.gradients.Adjoint(
+                measure=lambda errors, before, after: torch.cat(tuple(errors)).norm() / 1e-6
+            )
+            layer = MODELS["HBNODE"].layer(method=method, gradient=strategy, loop=loop)
+            out = layer(h).sum()
+            with nullcontext() if loop == "eager" else pytest.warns(RuntimeWarning, match="norm of its own"):
+                found.append(torch.autograd.grad(out, list(layer.parameters())))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 def test_a_field_that_hands_out_the_same_memory_again():

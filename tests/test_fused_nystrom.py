@@ -24,7 +24,8 @@ PAIRS = [
 ]
 PAIRS = [(*pair, list(TIMES)[k % 3]) for k, pair in enumerate(p for p in PAIRS if p != ("GHBNODE", "nystrom6"))]
 FIXED = {"step_size": 0.3}
-STEPS = traffic.nystrom_step, traffic.nystrom_reverse_step
+STEPS = {"discrete": traffic.nystrom_reverse_step, "adjoint": traffic.nystrom_adjoint_step}
+GRADIENTS = pytest.mark.parametrize("gradient", list(STEPS))
 
 
 @pytest.fixture(autouse=True)
@@ -35,20 +36,37 @@ def _fresh():
     graphs.LOOPS.clear()
 
 
+@GRADIENTS
 @pytest.mark.parametrize(("model", "method", "times"), PAIRS)
-def test_a_solve_by_the_references_is_plain_torchs(take, model, method, times):
-    make = lambda: MODELS[model].layer(hidden=5, method=method, **FIXED)  # noqa: E731
+def test_a_solve_by_the_references_is_plain_torchs(take, model, method, times, gradient):
+    make = lambda: MODELS[model].layer(hidden=5, method=method, gradient=gradient, **FIXED)  # noqa: E731
     agree(*both(take, "references", make, features(3, 2), TIMES[times]))
 
 
+@GRADIENTS
 @pytest.mark.parametrize("model", LAYERS)
-def test_the_same_steps_are_accepted(take, model):
-    make = lambda: MODELS[model].layer(method="nystrom4", rtol=1e-5, atol=1e-5, first_step=0.9)  # noqa: E731
+def test_the_same_steps_are_accepted(take, model, gradient):
+    options = {"method": "nystrom4", "rtol": 1e-5, "atol": 1e-5, "first_step": 0.9, "gradient": gradient}
+    make = lambda: MODELS[model].layer(**options)  # noqa: E731
     plain, fused = both(take, "references", make, 3 * features(3, 2), TIMES["many"])
     agree(plain, fused, 1e-9)
     assert plain[2][3]  # some were rejected
 
 
+@pytest.mark.parametrize(("model", "method", "times"), PAIRS)
+def test_the_same_steps_are_accepted_backward(take, model, method, times):
+    """By every method; from a first step that the backward solve rejects, too."""
+    from nesterov_triton.stepping.loop import LoopOptions
+
+    own = LoopOptions(nt.controllers.get("pi"), first_step=0.45)
+    for backward in (nt.gradients.Adjoint(), nt.gradients.Adjoint(rtol=1e-6, atol=1e-6, options=own)):
+        if backward.options is None or METHODS[method].order > 2:
+            options = {"method": method, "rtol": 1e-4, "atol": 1e-4, "gradient": backward}
+            make = lambda: MODELS[model].layer(hidden=5, **options)  # noqa: E731, B023
+            agree(*both(take, "references", make, 2 * features(3, 2), TIMES[times]), 1e-9)
+
+
+@GRADIENTS
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("model", "method"),
@@ -59,22 +77,35 @@ def test_the_same_steps_are_accepted(take, model):
         ("GHBNODE", "blanes_moan4"),
     ],
 )
-def test_a_solve_by_the_kernels_is_plain_torchs(take, model, method):
-    make = lambda: MODELS[model].layer(hidden=5, method=method, rtol=1e-2, atol=1e-2)  # noqa: E731
+def test_a_solve_by_the_kernels_is_plain_torchs(take, model, method, gradient):
+    options = {"method": method, "rtol": 1e-2, "atol": 1e-2, "gradient": gradient}
+    make = lambda: MODELS[model].layer(hidden=5, **options)  # noqa: E731
     agree(*both(take, "kernels", make, features(3, 2), TIMES["many"]), 1e-11)
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("gate", ["identity", "tanh", "hardtanh", nt.gates.Softclip(0.7)])
+@pytest.mark.parametrize("method", ["nystrom4", "blanes_moan4"])
+def test_gates_of_the_adjoint_by_the_kernels(take, gate, method):
+    options = {"method": method, "gradient": "adjoint", **FIXED}
+    make = lambda: nt.GHBNODE(Field(), gate=gate, **options).double()  # noqa: E731
+    agree(*both(take, "kernels", make, features(3, 2), (1.0, 1.3, 2.0)))
+
+
+@GRADIENTS
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types_by_the_kernels(take, dtype):
-    make = lambda: MODELS["GNesterovNODE"].layer(method="nystrom4", step_size=0.5).to(dtype)  # noqa: E731
+def test_other_types_by_the_kernels(take, dtype, gradient):
+    options = {"method": "nystrom4", "step_size": 0.5, "gradient": gradient}
+    make = lambda: MODELS["GNesterovNODE"].layer(**options).to(dtype)  # noqa: E731
     agree(*both(take, "kernels", make, features(3, 2).to(dtype)), 24 * torch.finfo(dtype).eps)
 
 
+@GRADIENTS
 @pytest.mark.parametrize("options", [{}, {"first_step": 0.4}, FIXED])
-def test_a_field_that_uses_its_memory_again(take, options):
-    """Its output is read by the next launch and by no other."""
-    field = Field()
+def test_a_field_that_uses_its_memory_again(take, options, gradient):
+    """Its output is read by the next launch and by no other; in a backward pass it is copied."""
+    field, options = Field(), {"gradient": gradient, **options}
     take("torch")
     plain = run(nt.GNesterovNODE(field, method="nystrom4", **options).double().to(DEVICE), features(3, 2))
     take("references")
@@ -83,28 +114,31 @@ def test_a_field_that_uses_its_memory_again(take, options):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@GRADIENTS
 @pytest.mark.usefixtures("runs_kernels")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_takes_the_launches_that_are_counted(take, method, monkeypatch):
+def test_a_step_takes_the_launches_that_are_counted(take, method, gradient, monkeypatch):
     take("kernels")
+    from nesterov_triton.ops.nystrom_adjoint_finish import kernel as adjoint_finish
+    from nesterov_triton.ops.nystrom_adjoint_stage import kernel as adjoint_stage
     from nesterov_triton.ops.nystrom_finish import kernel as finish
     from nesterov_triton.ops.nystrom_reverse_finish import kernel as reverse_finish
     from nesterov_triton.ops.nystrom_reverse_stage import kernel as reverse_stage
     from nesterov_triton.ops.nystrom_stage import kernel as stage
 
     started, start = [], norm.start
-    for module in (stage, finish, reverse_stage, reverse_finish, norm):
+    for module in (stage, finish, reverse_stage, reverse_finish, adjoint_stage, adjoint_finish, norm):
         monkeypatch.setattr(module, "start", lambda kernel, *a, **k: (started.append(kernel), start(kernel, *a, **k)))
     counts = []
     for step in (1.0, 0.25):
         started.clear()
-        layer = nt.NesterovNODE(Field(), method=method, step_size=step).double().to(DEVICE)
+        layer = nt.NesterovNODE(Field(), method=method, step_size=step, gradient=gradient).double().to(DEVICE)
         out = layer(features(3, 2).to(DEVICE))
         assert layer.stats.nfe_forward == layer.stats.accepted * (METHODS[method].stages - 1) + 1
         forward = len(started)
         out.sum().backward()
         counts.append((forward, len(started) - forward))
-    ahead, back = (3 * len(step(METHODS[method], gated=False)) for step in STEPS)
+    ahead, back = (3 * len(step(METHODS[method], gated=False)) for step in (traffic.nystrom_step, STEPS[gradient]))
     assert [b - a for a, b in zip(*counts, strict=True)] == [ahead, back]
 
 
@@ -158,30 +192,44 @@ def test_strategies_in_plain_torch_say_so(take, gradient):
         assert layer.stats.path.startswith("torch")
     else:
         assert layer.stats.path == "kernels"
-        assert "'discrete' alone" in layer.stats.path_backward
+        assert layer.stats.path_backward == "torch: kernels take no step back"
 
 
 # -- the loop on the device --------------------------------------------------------------------------------------------
 
 
+@GRADIENTS
 @pytest.mark.parametrize(("model", "method", "times"), PAIRS)
-def test_the_loop_on_the_device_is_the_eager_loop(model, method, times):
-    make = lambda **loop: MODELS[model].layer(hidden=5, method=method, **FIXED, **loop)  # noqa: E731
+def test_the_loop_on_the_device_is_the_eager_loop(model, method, times, gradient):
+    make = lambda **loop: MODELS[model].layer(hidden=5, method=method, gradient=gradient, **FIXED, **loop)  # noqa: E731
     loops_agree(make, features(3, 2), TIMES[times])
 
 
+@GRADIENTS
 @pytest.mark.parametrize("model", LAYERS)
-def test_the_loop_on_the_device_accepts_the_same_steps(model):
-    options = {"method": "nystrom4", "rtol": 1e-5, "atol": 1e-5, "first_step": 0.9}
+def test_the_loop_on_the_device_accepts_the_same_steps(model, gradient):
+    options = {"method": "nystrom4", "rtol": 1e-5, "atol": 1e-5, "first_step": 0.9, "gradient": gradient}
     make = lambda **loop: MODELS[model].layer(**options, **loop)  # noqa: E731
     loops_agree(make, 3 * features(3, 2), TIMES["many"], 1e-9)
 
 
+@pytest.mark.parametrize(("model", "method", "times"), PAIRS)
+def test_the_adjoint_on_the_device_accepts_the_same_steps(model, method, times):
+    """By every method, the first step chosen there."""
+    options = {"method": method, "rtol": 1e-4, "atol": 1e-4, "gradient": "adjoint"}
+    make = lambda **loop: MODELS[model].layer(hidden=5, **options, **loop)  # noqa: E731
+    loops_agree(make, 2 * features(3, 2), TIMES[times], 1e-9)
+
+
+@GRADIENTS
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("model", "method"), [("GNesterovNODE", "nystrom4"), ("HBNODE", "nystrom6")])
-def test_the_loop_on_the_device_by_the_kernels(take, model, method):
+@pytest.mark.parametrize(
+    ("model", "method"), [("GNesterovNODE", "nystrom4"), ("HBNODE", "nystrom6"), ("GHBNODE", "strang")]
+)
+def test_the_loop_on_the_device_by_the_kernels(take, model, method, gradient):
     take("kernels")
-    make = lambda **loop: MODELS[model].layer(hidden=5, method=method, rtol=1e-2, atol=1e-2, **loop)  # noqa: E731
+    options = {"method": method, "rtol": 1e-2, "atol": 1e-2, "gradient": gradient}
+    make = lambda **loop: MODELS[model].layer(hidden=5, **options, **loop)  # noqa: E731
     loops_agree(make, features(3, 2), TIMES["many"], 1e-11)
 
 
@@ -203,3 +251,55 @@ def test_too_many_steps(take, loop):
     with pytest.raises(nt.SolveError) as raised:
         layer(features(3, 2).to(DEVICE))
     assert raised.value.status is nt.Status.MAX_STEPS
+
+
+class Late(Field):
+    """A field that goes wrong when it is told to."""
+
+    bad = False
+
+    def forward(self, t, h):
+        found = super().forward(t, h)
+        return torch.where(t < 1.5, found * torch.nan, found) if self.bad else found
+
+
+@pytest.mark.parametrize(("path", "loop"), [("torch", "eager"), ("references", "eager"), ("references", "graph")])
+@pytest.mark.parametrize("options", [{}, FIXED])
+def test_a_backward_solve_that_fails_says_so(take, path, options, loop):
+    """And the next one succeeds, on memory that has seen NaN."""
+    take(path)
+    layer = nt.HBNODE(Late(), method="nystrom4", gradient="adjoint", loop=loop, **options).double().to(DEVICE)
+    h = features(3, 2).to(DEVICE).requires_grad_()
+    found = []
+    for bad in (False, True, False):
+        out = layer(h, (1.0, 2.0))
+        layer.system.field.bad = bad
+        if bad:
+            with pytest.raises(nt.SolveError, match="the adjoint's backward solve") as raised:
+                out.sum().backward()
+            assert raised.value.status is nt.Status.NON_FINITE
+            assert 1.2 <= raised.value.t <= 2.0
+            layer.system.field.bad = False
+        else:
+            found.append(torch.autograd.grad(out.sum(), [h, *layer.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+def test_too_many_steps_backward(take, loop):
+    take("references")
+    strategy = nt.gradients.Adjoint(rtol=1e-12, atol=1e-12)
+    layer = nt.HBNODE(Field(), method="nystrom4", gradient=strategy, max_steps=20, loop=loop).double().to(DEVICE)
+    out = layer(features(3, 2).to(DEVICE).requires_grad_())
+    with pytest.raises(nt.SolveError, match="the adjoint's backward solve") as raised:
+        out.sum().backward()
+    assert raised.value.status is nt.Status.MAX_STEPS
+
+
+def test_the_adjoint_behind_other_methods(take):
+    """Kernels and loop are of the backward solve's method."""
+    take("references")
+    for method in ("dopri5", "nystrom6"):
+        strategy = nt.gradients.Adjoint(method="nystrom4", rtol=1e-6, atol=1e-6)
+        make = lambda **loop: MODELS["HBNODE"].layer(method=method, gradient=strategy, **loop)  # noqa: E731, B023
+        loops_agree(make, features(3, 2), TIMES["two"], 1e-9)

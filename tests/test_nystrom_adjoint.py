@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import nesterov_triton as nt
 from nesterov_triton import gradients, systems
 from nesterov_triton.nystrom import METHODS
+from nesterov_triton.stepping import graphs
 from nesterov_triton.stepping.loop import LoopOptions
 
 FORWARDS, BACKWARDS = (1.0, 1.4, 1.7, 2.2), (2.2, 1.3, 1.0)
@@ -198,6 +199,29 @@ def test_a_measure_of_the_error() -> None:
         found.append((*grads, torch.tensor(solution.stats.nfe_backward)))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
     assert torch.equal(seen[0], torch.cat([s.detach().reshape(-1) for s in solution.final]))
+
+
+# --- kernels, and the loop on the device; `test_fused_nystrom` has more of them
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_fused_steps_have_the_gradients_of_plain_torch(
+    take: Callable[[str], None], name: str, method: str, loop: str, t: tuple[float, ...]
+) -> None:
+    """Of states, times, parameters, ξ and γ; by as many evaluations."""
+    found, callable_gate = [], name == "gnesterov exact"
+    for path in ("torch", "references"):
+        take(path)
+        options: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4, "loop": "eager" if path == "torch" else loop}
+        found.append(gradient_of(system(name), method, "adjoint", t, **options))
+    (_, plain, counts), (_, fused, stats) = found
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-10)
+    assert (stats.nfe_forward, stats.nfe_backward) == (counts.nfe_forward, counts.nfe_backward)
+    assert stats.path_backward.startswith("torch" if callable_gate else "kernels")
+    assert stats.loop_backward.startswith("device" if loop == "graph" else "eager")
+    graphs.LOOPS.clear()
 
 
 # --- the rest of the package

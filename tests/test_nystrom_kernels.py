@@ -29,8 +29,10 @@ from kernel_support import (
 )
 
 from nesterov_triton import gates
-from nesterov_triton.nystrom import METHODS
+from nesterov_triton.nystrom import METHODS, POINTS
 from nesterov_triton.ops import (
+    nystrom_adjoint_finish,
+    nystrom_adjoint_stage,
     nystrom_dense_output,
     nystrom_finish,
     nystrom_reverse_finish,
@@ -38,21 +40,23 @@ from nesterov_triton.ops import (
     nystrom_stage,
 )
 from nesterov_triton.ops.nystrom import kernel, reference
-from nesterov_triton.ops.nystrom.reference import plan_of
+from nesterov_triton.ops.nystrom.reference import plan_of, size_of
+from nesterov_triton.stepping.nystrom import plain_growth, plain_weights
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SIZES = (1025, 1, 7, 517)
 NYSTROM4, NYSTROM6 = METHODS["nystrom4"], METHODS["nystrom6"]
 GATES = ((SOFTCLIP, SOFTCLIP), (IDENTITY, HARDTANH), (HARDTANH, TANH), (ODD, IDENTITY), (IDENTITY, IDENTITY))
 OPERATORS = (
-    "nystrom_stage", "nystrom_finish", "nystrom_dense_output", "nystrom_reverse_stage", "nystrom_reverse_finish"
+    "nystrom_stage", "nystrom_finish", "nystrom_dense_output", "nystrom_reverse_stage", "nystrom_reverse_finish",
+    "nystrom_adjoint_stage", "nystrom_adjoint_finish",
 )  # fmt: skip
 
 
-def weights_of(method, gated, h=0.3, gamma=0.7):
+def weights_of(method, gated, h=0.3, gamma=0.7, growth=False):
     """Those of a step: compensating errors of weights drawn at random would be none."""
     number = torch.tensor(h, dtype=F64)
-    return reference.weights_for(reference.table(method, gated, number.device), number, gamma, gated).to(DEVICE)
+    return reference.weights_for(reference.table(method, gated, number.device, growth), number, gamma, gated).to(DEVICE)
 
 
 def arguments(method, forces, n, dtype, gated, output=True):
@@ -74,6 +78,18 @@ def reverse_arguments(method, stage, n, dtype, gated, given=False, forces=None):
     rows = normal(2 * n, dtype=dtype) * 3, known, normal(2 * n, dtype=dtype), of_positions, through
     extra = normal(3 * n, dtype=dtype) if given else None
     return (*rows, c, weights_of(method, gated), scalar([0.2])), extra
+
+
+def adjoint_arguments(method, stage, n, dtype, gated, finish=False):
+    """output, z, forces, adjoint, through, coefficients, weights: for the launch of a stage, or of the finish."""
+    u, z, forces, c, _ = arguments(method, stage, n, dtype, gated)
+    adjoint, through = normal(2 * n, dtype=dtype), [normal(n, dtype=dtype) for _ in range(stage + finish)]
+    return u, z, forces, adjoint, through, c, weights_of(method, gated, -0.3, growth=True)
+
+
+def dense_of(gated):
+    theta = torch.tensor([point for point, _ in POINTS], dtype=F64, device=DEVICE)
+    return reference.dense_weights(theta, scalar([-0.3]), scalar([[1.0, 1.0, 0.0, -0.7]]), gated)
 
 
 def rates_of(method, gated):
@@ -143,6 +159,52 @@ def test_reverse_finish(method, pair, dtype, n):
             # Sums of values computed in float32 at least.
             eps = torch.finfo(F64 if dtype == F64 else F32).eps
             torch.testing.assert_close(actual.quadratures, expected.quadratures, rtol=64 * eps, atol=64 * eps * n)
+
+
+@CASES
+def test_adjoint_stage(method, pair, dtype, n):
+    for stage in range(method.stages):
+        for ahead in {stage < method.stages - 1, False}:
+            given = (*adjoint_arguments(method, stage, n, dtype, pair[0] is not IDENTITY), method, *pair, ahead)
+            actual, expected = (run["nystrom_adjoint_stage"](*given) for run in (KERNELS, REFERENCES))
+            all_close(actual, expected)
+            assert [x is None for x in actual] == [not ahead, stage == method.stages - 1, False]
+
+
+@CASES
+def test_adjoint_finish(method, pair, dtype, n):
+    gated = pair[0] is not IDENTITY
+    for adaptive, quadratures, dense in ((True, False, None), (False, True, None), (True, True, dense_of(gated))):
+        tensors = adjoint_arguments(method, method.stages - 1, n, dtype, gated, finish=True)
+        given = (*tensors, scalar(-0.3), scalar(1e-2), scalar(1e-3), method, *pair, adaptive, quadratures, dense)
+        actual, expected = (run["nystrom_adjoint_finish"](*given) for run in (KERNELS, REFERENCES))
+        all_close(actual[:2], expected[:2])
+        close_norms(actual.error, expected.error, dtype)
+        assert (expected.error > 0) == adaptive
+        assert (actual.quadratures is None) == (expected.quadratures is None) == (not quadratures)
+        if quadratures:
+            assert actual.quadratures.dtype == F64
+            assert bool(expected.quadratures[1]) == (dense is not None)
+            # Sums of values computed in float32 at least; of rounded ones where the end is looked at.
+            eps = torch.finfo(dtype if dense is not None else F64 if dtype == F64 else F32).eps
+            torch.testing.assert_close(actual.quadratures, expected.quadratures, rtol=64 * eps, atol=64 * eps * n)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_growth(method, gated):
+    """On the device and on the host; by e^(γ c h) the adjoint's own variables become the adjoint."""
+    if gated and method.gated is None:
+        return
+    own, h, gamma = size_of(method, gated), -0.3, 0.7
+    given = scalar([h]), scalar([[1.0, 1.0, 0.0, -gamma]] * 2), method, gated, False, True
+    expected = reference.step_weights(*given)
+    torch.testing.assert_close(kernel.launch_step_weights(*given), expected, rtol=1e-14, atol=1e-16)
+    assert len(expected) == size_of(method, gated, growth=True)
+    torch.testing.assert_close(expected[:own], weights_of(method, gated, h), rtol=0, atol=0)
+    on_host = plain_weights(method, gamma, h, gated) + plain_growth(method, gamma, h)
+    torch.testing.assert_close(scalar(on_host), expected, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(expected[own:][: method.stages], torch.exp(gamma * h * scalar(method.c)))
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -221,6 +283,13 @@ def test_values_that_are_not_finite_are_seen(bad, adaptive):
         given = (u, z, forces, c, weights, scalar(1e-3), scalar(1e-3), NYSTROM4, ODD, IDENTITY, adaptive)
         for run in (KERNELS, REFERENCES):
             assert not torch.isfinite(run["nystrom_finish"](*given).error), place
+    for place in ("output", "force", "adjoint", "through"):
+        u, z, forces, adjoint, through, *numbers = adjoint_arguments(NYSTROM4, 3, 1025, F32, True, finish=True)
+        {"output": u, "force": forces[1], "adjoint": adjoint, "through": through[3]}[place][-1] = bad
+        given = (u, z, forces, adjoint, through, *numbers, *[scalar(1e-3)] * 3, NYSTROM4, ODD, IDENTITY)
+        for run in (KERNELS, REFERENCES):
+            error = run["nystrom_adjoint_finish"](*given, adaptive, False, None).error
+            assert not torch.isfinite(error), place
 
 
 def test_empty_state():
@@ -238,6 +307,11 @@ def test_empty_state():
         rows, _ = reverse_arguments(NYSTROM4, -1, 0, F32, True)
         done = run["nystrom_reverse_finish"](*rows, NYSTROM4, ODD, None, rates_of(NYSTROM4, True))
         assert [x.tolist() for x in done] == [[], [0.0, 0.0]]
+        done = run["nystrom_adjoint_stage"](*adjoint_arguments(NYSTROM4, 1, 0, F32, True), NYSTROM4, ODD, ODD, True)
+        assert [x.numel() for x in done] == [0, 0, 0]
+        given = adjoint_arguments(NYSTROM4, 3, 0, F32, True, finish=True)
+        done = run["nystrom_adjoint_finish"](*given, *[scalar(1.0)] * 3, NYSTROM4, ODD, ODD, True, True, dense_of(True))
+        assert [x.tolist() for x in done] == [[], [], 0.0, [0.0, 0.0]]
 
 
 # --- the operators
@@ -259,9 +333,16 @@ def operator_cases():
     for rates in (None, rates_of(NYSTROM4, True)):
         rows, extra = reverse_arguments(NYSTROM4, -1, 65, F32, True)
         yield nystrom_reverse_finish._operator, (*rows, "nystrom4", *form[:2], extra, rates)
+    for stage, ahead in ((0, False), (1, True), (3, False)):
+        rows = adjoint_arguments(NYSTROM4, stage, 65, F32, True)
+        yield nystrom_adjoint_stage._operator, (*rows, "nystrom4", *form, ahead)
+    for sums, dense in ((False, None), (True, None), (True, dense_of(True))):
+        rows = adjoint_arguments(NYSTROM4, 3, 65, F32, True, finish=True)
+        numbers = c[0, 2], c[0, 0], c[0, 1]
+        yield nystrom_adjoint_finish._operator, (*rows, *numbers, "nystrom4", *form, True, sums, dense)
 
 
-@pytest.mark.parametrize("k", range(9))
+@pytest.mark.parametrize("k", range(15))
 def test_operators_are_registered_as_torch_wants(k):
     operator, given = list(operator_cases())[k]
     torch.library.opcheck(operator, given)
@@ -274,7 +355,14 @@ def calls():
     gates = SOFTCLIP, SOFTCLIP
     back, _ = reverse_arguments(NYSTROM4, 1, 65, F32, True)
     (start, _), rates = reverse_arguments(NYSTROM4, -1, 65, F32, True), rates_of(NYSTROM4, True)
+    stage, end = (adjoint_arguments(NYSTROM4, 3, 65, F32, True, finish)[1:] for finish in (False, True))
     return {
+        "nystrom_adjoint_stage": lambda x: nystrom_adjoint_stage.nystrom_adjoint_stage(
+            x, *stage, NYSTROM4, *gates, ahead=False
+        ),
+        "nystrom_adjoint_finish": lambda x: nystrom_adjoint_finish.nystrom_adjoint_finish(
+            x, *end, tol, tol, tol, NYSTROM4, *gates, quadratures=True
+        ),
         "nystrom_stage": lambda x: nystrom_stage.nystrom_stage(x, z, forces[:2], c, weights, NYSTROM4, *gates),
         "nystrom_finish": lambda x: nystrom_finish.nystrom_finish(x, z, forces, c, weights, tol, tol, NYSTROM4, *gates),
         "nystrom_dense_output": lambda x: nystrom_dense_output.nystrom_dense_output(z, x, z, x, dense, SOFTCLIP),
@@ -314,6 +402,11 @@ def test_a_gate_without_a_triton_form_takes_the_reference():
     rows, _ = reverse_arguments(NYSTROM4, -1, 5, F64, True)
     last = nystrom_reverse_finish.nystrom_reverse_finish
     torch.testing.assert_close(*(last(*rows, NYSTROM4, g).cotangent for g in (own, TANH)))
+    rows, stage = adjoint_arguments(NYSTROM4, 1, 5, F64, True), nystrom_adjoint_stage.nystrom_adjoint_stage
+    torch.testing.assert_close(*(list(stage(*rows, NYSTROM4, g, g)) for g in (own, TANH)))
+    rows, end = adjoint_arguments(NYSTROM4, 3, 5, F64, True, True), nystrom_adjoint_finish.nystrom_adjoint_finish
+    rest = True, True, dense_of(True)
+    torch.testing.assert_close(*(list(end(*rows, tol, tol, tol, NYSTROM4, g, g, *rest)) for g in (own, TANH)))
 
 
 @pytest.mark.parametrize(
@@ -376,6 +469,24 @@ def test_arguments_of_the_reverse_sweep_that_a_kernel_would_misread_are_refused(
         finish(z, [x, x, x], z, [x, x], x, *numbers, *rest[:2], None, torch.zeros(60))
     with pytest.raises(ValueError, match="0 forces for nystrom4, which looks at 3"):
         finish(z, [], z, [x, x], x, numbers[0], torch.zeros(32), numbers[2], NYSTROM4, IDENTITY, None, torch.zeros(32))
+
+
+def test_arguments_of_the_adjoint_that_a_kernel_would_misread_are_refused():
+    x, z = torch.zeros(5), torch.zeros(10)
+    numbers, rest, tol = (torch.zeros(4, 4), torch.zeros(68)), (NYSTROM4, SOFTCLIP, SOFTCLIP), torch.zeros(())
+    stage, finish = nystrom_adjoint_stage.nystrom_adjoint_stage, nystrom_adjoint_finish.nystrom_adjoint_finish
+    with pytest.raises(ValueError, match="1 stages after the first 4 of nystrom4, which has 4"):
+        stage(x, z, [x] * 3, z, [x] * 3, *numbers, *rest)
+    with pytest.raises(ValueError, match="1 through with 2 forces"):
+        stage(x, z, [x] * 2, z, [x], *numbers, *rest)
+    with pytest.raises(ValueError, match="adjoint must be contiguous, of 10 elements"):
+        stage(x, z, [x], x, [x], *numbers, *rest)
+    with pytest.raises(ValueError, match=r"weights must have shape \(68,\), got \(61,\)"):
+        stage(x, z, [x], z, [x], numbers[0], torch.zeros(61), *rest)
+    with pytest.raises(ValueError, match="3 forces, an output and 3 through for nystrom4, which has 4 stages"):
+        finish(x, z, [x] * 3, z, [x] * 3, *numbers, tol, tol, tol, *rest)
+    with pytest.raises(ValueError, match=r"dense must have shape \(3, 2, 8\), got \(3, 2, 6\)"):
+        finish(x, z, [x] * 3, z, [x] * 4, *numbers, tol, tol, tol, *rest, dense=torch.zeros(3, 2, 6))
 
 
 def test_on_a_cpu_the_reference_runs_and_on_a_cuda_device_the_kernel():

@@ -111,6 +111,25 @@ def test_rows_of_a_reverse_step_of_the_nystrom_methods(name, gated, rows, floor)
     assert traffic.nystrom_reverse_floor(nystrom.METHODS[name], gated) == floor
 
 
+def test_rows_of_an_adjoint_step_of_the_nystrom_methods():
+    rows = {}
+    for (name, method), gated in itertools.product(nystrom.METHODS.items(), (False, True)):
+        if method.gated is not None or not gated:
+            launches, n = traffic.nystrom_adjoint_step(method, gated), 2**24
+            assert len(launches) == method.stages + 2
+            rows[name, gated] = [launch.rows for launch in launches]
+            assert (
+                traffic.step_bytes(launches, method, n, 4) / (traffic.nystrom_adjoint_floor(method, gated) * n * 4)
+                < 1.15
+            )
+    assert rows["nystrom4", False] == [4, 10, 12, 7, 17, 0]
+    assert rows["nystrom4", True] == [4, 10, 12, 11, 17, 0]
+    assert rows["nystrom6", False] == [4, 10, 12, 14, 16, 9, 21, 0]
+    assert rows["strang", False] == [4, 5, 13, 0]
+    assert rows["blanes_moan4", True] == [4, 10, 12, 14, 16, 18, 17, 23, 0]
+    assert [traffic.nystrom_adjoint_floor(NYSTROM4, gated) for gated in (False, True)] == [48, 52]
+
+
 def test_the_script_prints_both(capsys):
     traffic.main()
     said = capsys.readouterr().out
@@ -121,6 +140,8 @@ def test_the_script_prints_both(capsys):
     assert "7 launches, 81 rows, the floor 76" in said
     assert "5 launches, 26 rows, the floor 24" in said
     assert "7 launches, 37 rows, the floor 33" in said
+    assert "6 launches, 50 rows, the floor 48" in said
+    assert "6 launches, 54 rows, the floor 52" in said
 
 
 def test_the_readme_says_what_is_counted():
@@ -131,6 +152,8 @@ def test_the_readme_says_what_is_counted():
         (traffic.momentum_adjoint_step(DOPRI5), traffic.momentum_adjoint_floor(DOPRI5)),
         (traffic.momentum_reverse_step(DOPRI5), traffic.momentum_reverse_floor(DOPRI5)),
         (traffic.nystrom_step(NYSTROM4, gated=True), traffic.nystrom_floor(NYSTROM4, gated=True)),
+        (traffic.nystrom_adjoint_step(NYSTROM4, gated=False), traffic.nystrom_adjoint_floor(NYSTROM4, gated=False)),
+        (traffic.nystrom_adjoint_step(NYSTROM4, gated=True), traffic.nystrom_adjoint_floor(NYSTROM4, gated=True)),
         (traffic.nystrom_reverse_step(NYSTROM4, gated=False), traffic.nystrom_reverse_floor(NYSTROM4, gated=False)),
         (traffic.nystrom_reverse_step(NYSTROM4, gated=True), traffic.nystrom_reverse_floor(NYSTROM4, gated=True)),
     ]

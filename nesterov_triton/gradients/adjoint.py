@@ -20,6 +20,7 @@ from nesterov_triton import methods
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
+from nesterov_triton.gradients.fused_nystrom_adjoint import FusedNystromAdjoint
 from nesterov_triton.gradients.leaves import apart, check_cotangents, check_leaves, check_parameters, refuse_graph
 from nesterov_triton.gradients.nystrom_adjoint import NystromAdjoint
 from nesterov_triton.gradients.on_device import declined, on_device
@@ -168,7 +169,7 @@ def _solve_back(
     if found is not None:
         return found
     stepper: Stepper
-    quadratures: FusedAdjoint | NystromAdjoint | _AdjointDynamics
+    quadratures: FusedAdjoint[Any] | NystromAdjoint | _AdjointDynamics
     if path.kernels:
         stepper = quadratures = _fused(problem, flow)
     elif isinstance(problem.method, Nystrom):
@@ -195,7 +196,9 @@ def _solve_back(
     return adjoint, of_times, quadratures.totals
 
 
-def _fused(problem: Problem, flow: Flow) -> FusedAdjoint:
+def _fused(problem: Problem, flow: Flow) -> FusedAdjoint[Any]:
+    if isinstance(problem.method, Nystrom):
+        return FusedNystromAdjoint(problem.method, flow, problem.tolerance, Totals(flow))
     kind = FusedFirstOrderAdjoint if flow.rows == 1 else FusedMomentumAdjoint
     return kind(problem.tableau, flow, problem.tolerance, Totals(flow))
 
@@ -213,7 +216,7 @@ def _by_device_loop(
 
     def solve(loop: DeviceLoop) -> Cotangent:
         loop.bind(own)
-        stepper = cast(FusedAdjoint, loop.stepper)
+        stepper = cast(FusedAdjoint[Any], loop.stepper)
         progress = Progress()
 
         def advance(joint: Tensor, t: float, t1: float) -> Tensor:

@@ -114,7 +114,7 @@ class _Discrete(torch.autograd.Function):
             return None, None, adjoint, of_times if wants_times else None, *totals.scalars.values(), *totals.of_params()
         flow = _back_flow(problem, ctx.needs_input_grad)
         objection = "gradients with respect to times are wanted" if wants_times else None
-        path = problem.backward_path(objection, sweeps=True)
+        path = problem.backward_path(objection)
         try:
             with problem.without_autocast(), apart(flow.params):
                 found = _on_device(problem, flow, objection, ctx.spans, starts, cotangents)

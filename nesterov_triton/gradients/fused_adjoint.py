@@ -8,7 +8,7 @@ evaluation and one vector-Jacobian product. See `stepping.stepper.Stepper`, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from nesterov_triton.flow import Flow, Packet
 from nesterov_triton.gradients.leaves import check_leaves
 from nesterov_triton.gradients.quadratures import ParameterQuadratures
 from nesterov_triton.gradients.totals import Totals
+from nesterov_triton.methods import Method
 from nesterov_triton.network import Evaluation
 from nesterov_triton.ops import control
 from nesterov_triton.ops.first_order_finish import first_order_finish
@@ -30,18 +31,20 @@ from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
 from nesterov_triton.systems import Momentum
 from nesterov_triton.tableaus import Tableau
 
+M = TypeVar("M", bound=Method)
+
 
 class Slope(NamedTuple):
     """What is kept of one stage, [N] each."""
 
-    own: Tensor  # dm, or the field's output for a first-order system
+    own: Tensor  # dm; the field's output for a first-order system, the force for a method of `nystrom`
     through: Tensor  # (∂f/∂h)ᵀ g
     through_m: Tensor | None  # (∂f/∂m)ᵀ g, where the field sees m
     places: tuple[int, ...] = ()  # where the last two lie, if they are held as they came
     own_place: int = 0  # and the first
 
 
-class FusedAdjoint:
+class FusedAdjoint(Generic[M]):
     """Steps of (z, a), [2 D], with the quadratures of those that are accepted.
 
     Args:
@@ -56,8 +59,9 @@ class FusedAdjoint:
 
     axis: TimeAxis | None = None
 
-    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, totals: Totals) -> None:
-        self.tableau, self.flow, self.tolerance, self.totals = tableau, flow, tolerance, totals
+    def __init__(self, tableau: M, flow: Flow, tolerance: Tolerance | None, totals: Totals) -> None:
+        self.tableau: M = tableau
+        self.flow, self.tolerance, self.totals = flow, tolerance, totals
         self.outputs, self.pulled = Held(), Held()
         self.quadratures = ParameterQuadratures(tableau, totals)
         self.rtol, self.atol = scalar_tolerances(tolerance, flow.device)
@@ -81,7 +85,7 @@ class FusedAdjoint:
 
     def step(self, t: float, t1: float, z: Tensor) -> Tensor:
         """(z, a) after one step from t to t1, [2 D], freshly allocated."""
-        packet = self.flow.packet(stage_times(t, t1, self.tableau.c), t1 - t)
+        packet = self._pack(t, t1)
         self.quadratures.begin()
         self._release(self._first)
         try:
@@ -180,6 +184,10 @@ class FusedAdjoint:
     def finish(self) -> None:
         """Every step has been taken: bring the totals up to date."""
 
+    def _pack(self, t: float, t1: float) -> Packet:
+        """What a step from t to t1 needs."""
+        return self.flow.packet(stage_times(t, t1, self.tableau.c), t1 - t)
+
     def _derivative(self, packet: Packet, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
         """The right-hand side at the packet's first time, [2 D], and its slope as the first of a step; the parameters'
         cotangents count as those of `stage`."""
@@ -217,10 +225,11 @@ def _rows(slope: Slope) -> list[Tensor]:
     return [x for x in (slope.own, slope.through, slope.through_m) if x is not None]
 
 
-class FusedMomentumAdjoint(FusedAdjoint):
-    """Steps of (x, m, a_x, a_m), [4 N]."""
+class OfMomentum(FusedAdjoint[M]):
+    """Steps of (x, m, a_x, a_m), [4 N], by any method, with the integrals of ⟨h, a_m⟩ and ⟨m, a_m⟩ where ξ or γ wants
+    them."""
 
-    def __init__(self, tableau: Tableau, flow: Flow, tolerance: Tolerance | None, totals: Totals) -> None:
+    def __init__(self, tableau: M, flow: Flow, tolerance: Tolerance | None, totals: Totals) -> None:
         super().__init__(tableau, flow, tolerance, totals)
         system = flow.system
         assert isinstance(system, Momentum)
@@ -229,11 +238,6 @@ class FusedMomentumAdjoint(FusedAdjoint):
         self._scalars = torch.zeros(2, dtype=torch.float64, device=flow.device)
         self._wants_scalars = flow.coefficient_grads and bool(flow.scalars)
         self._of_step: Tensor | None = None
-
-    @property
-    def ahead(self) -> int:
-        """How many stages are evaluated at once."""
-        return 1 if self.sees_momentum or self.outputs.copies else 2
 
     def on_accept(self, step: AcceptedStep) -> None:
         super().on_accept(step)
@@ -253,6 +257,26 @@ class FusedMomentumAdjoint(FusedAdjoint):
         if self._of_step is not None:
             self._scalars.add_(torch.where(decided[control.Slot.OK] != 0, self._of_step, 0.0))
 
+    def _joined(self, coefficients: Tensor, z: Tensor, dm: Tensor, slope: Slope) -> Tensor:
+        """The right-hand side at the state `z`, [4 N], from what is known there of m' and of the field's transpose."""
+        scale, _, q, minus_gamma = coefficients[0].to(z.dtype).unbind(0)
+        _, m, a_x, a_m = z.view(4, -1).unbind(0)
+        dx = self.gates[0](m)
+        of_x = scale * slope.through + q * a_m
+        of_m = self.gates[0].pullback(a_x, m, dx) + minus_gamma * a_m
+        if slope.through_m is not None:
+            of_m = of_m + slope.through_m
+        return torch.cat((dx, dm, -of_x, -of_m))
+
+
+class FusedMomentumAdjoint(OfMomentum[Tableau]):
+    """By Runge-Kutta methods."""
+
+    @property
+    def ahead(self) -> int:
+        """How many stages are evaluated at once."""
+        return 1 if self.sees_momentum or self.outputs.copies else 2
+
     def _derivative(self, packet: Packet, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:
         self._release()
         state, adjoint = z.view(2, -1).unbind(0)
@@ -262,14 +286,7 @@ class FusedMomentumAdjoint(FusedAdjoint):
         done = momentum_adjoint_stage([u], state, [], adjoint, [], c, dt, self.tableau, *self.gates, 0)
         (own,), (g,) = done.slopes, done.cotangents
         slope = self._slope(stage, own, evaluation, g)
-        scale, _, q, minus_gamma = c[0].to(z.dtype).unbind(0)
-        (_, m), (a_x, a_m) = state.view(2, -1).unbind(0), adjoint.view(2, -1).unbind(0)
-        dx = self.gates[0](m)
-        of_x = scale * slope.through + q * a_m
-        of_m = self.gates[0].pullback(a_x, m, dx) + minus_gamma * a_m
-        if slope.through_m is not None:
-            of_m = of_m + slope.through_m
-        return torch.cat((dx, own, -of_x, -of_m)), slope
+        return self._joined(c, z, own, slope), slope
 
     def _step(self, packet: Packet, z: Tensor) -> Tensor:
         c, dt, tableau = packet.coefficients, packet.dt, self.tableau
@@ -311,7 +328,7 @@ class FusedMomentumAdjoint(FusedAdjoint):
         return finish.state
 
 
-class FusedFirstOrderAdjoint(FusedAdjoint):
+class FusedFirstOrderAdjoint(FusedAdjoint[Tableau]):
     """Steps of (y, a), [2 N], with y' = f(t, y) and a' = -(∂f/∂y)ᵀ a."""
 
     def _derivative(self, packet: Packet, z: Tensor, stage: int | None) -> tuple[Tensor, Slope]:

@@ -7,7 +7,8 @@ step began. Then positions and momenta
 
 a system of twice the size with the same damping, whose force sees the position alone and whose gate sees the momentum
 alone. So a step is the method's own, with its order and its embedded error, and one evaluation of the field with its
-transpose a force. It comes out in w; only its end is taken back to a.
+transpose a force. It comes out in w; only its end is taken back to a. Here in plain torch; `fused_nystrom_adjoint` has
+the same by the fused operators.
 """
 
 from __future__ import annotations

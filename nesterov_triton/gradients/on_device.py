@@ -14,7 +14,6 @@ from nesterov_triton.flow import Flow
 from nesterov_triton.gradients.leaves import unseen_leaves
 from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.network import Evaluation
-from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.stepping import graphs
 from nesterov_triton.stepping.controllers import PI, Integral
 from nesterov_triton.stepping.fused_rk import Overwritten, is_overwritten
@@ -31,8 +30,6 @@ Kind = Literal["forward", "adjoint", "reverse sweep"]
 def declined(problem: Problem, kind: Kind, objection: str | None = None) -> bool:
     """Whether the eager loop is to do it, as the problem or the `objection` says; the stats say why."""
     reason = objection or _objection(problem)
-    if kind == "adjoint" and isinstance(problem.method, Nystrom):
-        reason = reason or f"the adjoint by the method {problem.method.name!r} has no loop on the device"
     if reason:
         _decline(problem, kind, reason)
     return bool(reason)
@@ -199,6 +196,8 @@ def _objection(problem: Problem) -> str:
         return f"controller {type(controller).__name__} may have a rule of its own"
     if tolerance is not None and any(isinstance(x, Tensor) and x.ndim for x in (tolerance.rtol, tolerance.atol)):
         return "the tolerance differs from element to element"
+    if tolerance is not None and tolerance.measure is not None:
+        return "the error has a norm of its own"
     if not problem.options.plain:
         return "its loop does not know all of these options"
     if transforms.active():

@@ -123,12 +123,9 @@ class Problem:
         """`inside` as `stage_times` wants it."""
         return self.z.dtype if self.inside else None
 
-    def backward_path(self, objection: str | None, sweeps: bool = False) -> Path:
-        """The same for its backward pass, unless there is something that only plain torch does; kept in the stats. For
-        the methods of `nystrom` kernels know the transposed step, where the backward pass `sweeps`, and no other."""
+    def backward_path(self, objection: str | None) -> Path:
+        """The same for its backward pass, unless there is something that only plain torch does; kept in the stats."""
         path = self.path() if objection is None else Path(False, objection)
-        if path.kernels and isinstance(self.method, Nystrom) and not sweeps:
-            path = Path(False, f"of the method {self.method.name!r} kernels know the steps of 'discrete' alone")
         self.stats.path_backward = str(path)
         return path
 

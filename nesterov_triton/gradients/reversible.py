@@ -96,7 +96,8 @@ class _Reversible(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         n = len(problem.scalars)
         flow = problem.flow_back(time_grads=needs[1], coefficient_grads=needs[1] or any(needs[2 : 2 + n]))
-        problem.backward_path(None)
+        path = problem.path()
+        problem.backward_path("kernels take no step back" if path.kernels else path.reason)
         problem.stats.loop_backward = "eager: steps are taken back one by one"
         assert isinstance(problem.method, Nystrom)
         sweep = NystromSweep(problem.method, flow, problem.times.tolist())

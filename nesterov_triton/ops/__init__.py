@@ -9,7 +9,7 @@ registration; `dispatch` chooses.
 |---|---|
 | `*_stage`, `*_finish` | the field's next arguments; the step's end, its error and its norm |
 | `*_dense_output` | the states at requested times inside the step |
-| `momentum_adjoint_*`, `first_order_*` with `through` | the same for state and adjoint, and the field's cotangents |
+| `*_adjoint_*`, `first_order_*` with `through` | the same for state and adjoint, and the field's cotangents |
 | `*_reverse_stage`, `*_reverse_finish` | the field's cotangents in a transposed step; the cotangent of its start |
 | `control` (several functions) | the decisions of a loop on the device, in memory that stays where it is |
 

@@ -20,7 +20,7 @@ from nesterov_triton import transforms
 from nesterov_triton.flow import Flow
 from nesterov_triton.force import Force, Moments
 from nesterov_triton.gates import Identity
-from nesterov_triton.nystrom import Gated, Nystrom
+from nesterov_triton.nystrom import POINTS, Gated, Nystrom
 from nesterov_triton.ops.nystrom.reference import hermite, table, weights_for
 from nesterov_triton.stepping.explicit_rk import error_norm
 from nesterov_triton.stepping.stepper import TimeAxis, Tolerance, stage_times
@@ -140,6 +140,12 @@ def plain_weights(method: Nystrom, gamma: float, h: float, gate: bool) -> list[f
         *(square * e for e in own_x),
         *(h * m - half * square * x for x, m in zip(own_x, own_m, strict=True)),
     ]
+
+
+def plain_growth(method: Nystrom, gamma: float, h: float) -> list[float]:
+    """What a step of the adjoint has after its weights, as `ops.nystrom.step_weights` with its growth."""
+    at = [*((c, 1.0) for c in method.c), *POINTS]
+    return [weight * math.exp(min(gamma * c * h, FARTHEST)) for c, weight in at]
 
 
 def nodes_of(gated: Gated) -> list[tuple[int, int, int]]:

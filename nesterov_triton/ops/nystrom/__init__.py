@@ -11,7 +11,9 @@ from nesterov_triton.ops.nystrom.reference import size_of
 __all__ = ["check_weights", "dense_weights", "step_weights"]
 
 
-def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False) -> Tensor:
+def step_weights(
+    dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False, growth: bool = False
+) -> Tensor:
     """A step's weights, [size] float64, on the device; see `reference.table`. For loops there, which no tracer sees.
 
     Args:
@@ -20,8 +22,10 @@ def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool,
         method: the method.
         gated: whether the momentum has a gate.
         rates: their derivatives with respect to γ instead.
+        growth: with what a step of the adjoint has beside them, e^(γ τ) at its stages and, times their weights, at
+            `nystrom.POINTS`.
     """
-    found: Tensor = dispatch.implementation("nystrom.step_weights", dt)(dt, coefficients, method, gated, rates)
+    found: Tensor = dispatch.implementation("nystrom.step_weights", dt)(dt, coefficients, method, gated, rates, growth)
     return found
 
 
@@ -32,9 +36,10 @@ def dense_weights(theta: Tensor, dt: Tensor, coefficients: Tensor, gated: bool) 
     return found
 
 
-def check_weights(like: Tensor, weights: Tensor, method: Nystrom, gated: bool) -> None:
-    """Raise ValueError unless these are weights of a step, as `dispatch.check_scalars`."""
+def check_weights(like: Tensor, weights: Tensor, method: Nystrom, gated: bool, growth: bool = False) -> None:
+    """Raise ValueError unless these are weights of a step, or with `growth` of one of the adjoint, as
+    `dispatch.check_scalars`."""
     dispatch.check_scalars(like, weights=weights)
-    size = size_of(method, gated)
+    size = size_of(method, gated, growth)
     if weights.shape != (size,):
         raise ValueError(f"weights must have shape ({size},), got {tuple(weights.shape)}")

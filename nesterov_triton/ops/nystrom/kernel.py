@@ -139,6 +139,30 @@ def first_cotangents(
 
 
 @triton.jit
+def adjoint_path(
+    x, m, forces, a_x, a_m, through, coefficients_ptr, weights_ptr,
+    POSITIONS: tl.constexpr, PATHS: tl.constexpr, GROWTH: tl.constexpr, pullback_x: tl.constexpr, BOUND_X: tl.constexpr,
+):  # fmt: skip
+    """Two tuples of blocks; see `reference.adjoint_path`. GROWTH: where the step's growth is among its weights."""
+    nothing = tl.zeros_like(a_m)
+    positions, pulled, nodes = (a_m,), (), ()
+    for j in tl.static_range(len(through)):
+        scale = coefficient(coefficients_ptr, j, 0, a_m.dtype) / tl.load(weights_ptr + (GROWTH + j)).to(a_m.dtype)
+        of_position = linear(coefficients_ptr, j, len(PATHS) > 0, a_m.dtype) * positions[j]
+        pulled = pulled + (scale * through[j] + of_position,)
+        if j < len(POSITIONS):
+            columns = (a_m, -a_x) + pulled
+            if len(PATHS) > 0:
+                for q in tl.static_range(len(nodes), len(POSITIONS[j]) - 1):
+                    momentum = combined((x, m) + forces, weights_ptr, nothing, PATHS, q)
+                    nodes = nodes + (pullback_x(combined(columns, weights_ptr, nothing, PATHS, q), momentum, BOUND_X),)
+                positions = positions + (combined(nodes, weights_ptr, a_m, POSITIONS, j),)
+            else:
+                positions = positions + (combined(columns, weights_ptr, nothing, POSITIONS, j),)
+    return positions, pulled
+
+
+@triton.jit
 def step_weights_kernel(table_ptr, dt_ptr, coefficients_ptr, weights_ptr, SHARE: tl.constexpr, RATES: tl.constexpr,
                         SIZE: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """One program; see `reference.weights_for` and `rates_for`. The damping is in the first of the rows (κ, s, q, -γ),
@@ -161,9 +185,11 @@ def step_weights_kernel(table_ptr, dt_ptr, coefficients_ptr, weights_ptr, SHARE:
     tl.store(weights_ptr + lanes, tl.exp(-age * g) * total, mask=mask)
 
 
-def launch_step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False) -> Tensor:
+def launch_step_weights(
+    dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False, growth: bool = False
+) -> Tensor:
     """As `ops.nystrom.step_weights`, by the kernel."""
-    numbers = table(method, gated, dt.device)
+    numbers = table(method, gated, dt.device, growth)
     size = numbers.shape[1]
     weights = dt.new_empty(size)
     start(

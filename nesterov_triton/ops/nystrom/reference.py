@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nesterov_triton import transforms
 from nesterov_triton.gates import Gate
-from nesterov_triton.nystrom import Nystrom
+from nesterov_triton.nystrom import POINTS, Nystrom
 
 Row = tuple[int, ...]  # where the weight of the first column is; then 1 for each column that has one, 0 for the others
 
@@ -73,6 +73,14 @@ def _terms(method: Nystrom, gated: bool) -> list[list[Terms]]:
     return rows
 
 
+def _growth_terms(method: Nystrom, gated: bool) -> list[Terms]:
+    """Of what a step of the adjoint has after its weights: e^(γ τ) at the stages, and at `POINTS` times their weights;
+    τ is the time since the step began."""
+    share = 1.0 if gated else 0.5  # of γ in r
+    numbers = [*((c, 1.0) for c in method.c), *POINTS]
+    return [(-c / share, weight, *(0.0,) * 5) for c, weight in numbers]
+
+
 @functools.cache
 def plan_of(method: Nystrom, gated: bool) -> Plan:
     """Where the weights of `table` are."""
@@ -94,17 +102,20 @@ def plan_of(method: Nystrom, gated: bool) -> Plan:
     )  # fmt: skip
 
 
-def size_of(method: Nystrom, gated: bool) -> int:
-    """How many weights a step has."""
+def size_of(method: Nystrom, gated: bool, growth: bool = False) -> int:
+    """How many weights a step has; with `growth`, one of the adjoint."""
     s, n = method.stages, len(method.gated.d) if method.gated else 0
-    return (n + 1) * (s + 1) + (s - 1) * n + 2 * s if gated else s * (s + 4)
+    own = (n + 1) * (s + 1) + (s - 1) * n + 2 * s if gated else s * (s + 4)
+    return own + growth * (s + len(POINTS))
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)  # of all devices: while a graph is captured none may be made
 @torch.inference_mode(False)
-def table(method: Nystrom, gated: bool, device: torch.device) -> Tensor:
-    """What a step's weights are made of, [7, size] float64: one column each. Made once, and never written to."""
+def table(method: Nystrom, gated: bool, device: torch.device, growth: bool = False) -> Tensor:
+    """What a step's weights are made of, [7, size] float64: one column each; with `growth`, of a step of the adjoint.
+    Made once, and never written to."""
     columns = [weight for row in _terms(method, gated) for weight in row]
+    columns += _growth_terms(method, gated) if growth else []
     return transforms.plain(torch.tensor(columns, dtype=torch.float64, device="cpu").t().contiguous().to(device))
 
 
@@ -280,10 +291,57 @@ def start_cotangents(
     return [own + through for own, through in zip((of_x, of_start), given, strict=True)]
 
 
-def step_weights(dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False) -> Tensor:
+def adjoint_path(
+    x: Tensor,
+    m: Tensor,
+    forces: Sequence[Tensor],
+    adjoint: Tensor,
+    through: Sequence[Tensor],
+    coefficients: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    gate: Gate,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The adjoint's positions W_0 … W_k and forces P_0 … P_k-1 for k known v, [N] each; of all s, W_0 … W_s-1. With
+    w = e^(-γ τ) a these are w_m and  P_i = e^(-γ τ_i) κ v_i + q W_i  (see `gradients.nystrom_adjoint`).
+
+    Args:
+        x, m: at the step's start.
+        forces: with a gate F_0 … F_k-1, else anything.
+        adjoint: (a_x, a_m) at the step's start, [2 N].
+        through: v_0 … v_k-1, [N] each: what came back through the field for the cotangents a_m.
+        weights: the step's, with its growth.
+        gate: σ_x.
+    """
+    a_x, a_m = adjoint.view(2, -1)
+    growth, factors = growth_of(weights, len(plan.positions) + 1), linear(coefficients, plan.gated)
+    positions, pulled, nodes = [a_m], list[Tensor](), list[Tensor]()
+    for j, v in enumerate(through):
+        pulled.append(coefficients[j, 0] / growth[j] * v + factors[j] * positions[j])
+        if j == len(plan.positions):
+            break
+        columns, row = (a_m, -a_x, *pulled), plan.positions[j]
+        if plan.gated:
+            for path in plan.paths[len(nodes) : len(row) - 1]:
+                momentum = combined((x, m, *forces), weights, path)
+                nodes.append(gate.pullback(combined(columns, weights, path), momentum, gate(momentum)))
+            positions.append(a_m + combined(nodes, weights, row))
+        else:
+            positions.append(combined(columns, weights, row))
+    return positions, pulled
+
+
+def growth_of(weights: Tensor, stages: int) -> Tensor:
+    """Of the weights of a step of the adjoint those that are its growth, [stages + 3]."""
+    return weights[len(weights) - stages - len(POINTS) :]
+
+
+def step_weights(
+    dt: Tensor, coefficients: Tensor, method: Nystrom, gated: bool, rates: bool = False, growth: bool = False
+) -> Tensor:
     """See `ops.nystrom.step_weights`."""
     run = rates_for if rates else weights_for
-    return run(table(method, gated, dt.device), dt[0], -coefficients[0, 3], gated)
+    return run(table(method, gated, dt.device, growth), dt[0], -coefficients[0, 3], gated)
 
 
 def dense_weights(theta: Tensor, dt: Tensor, coefficients: Tensor, gated: bool) -> Tensor:

@@ -30,7 +30,8 @@ def launch_shape(n: int, dtype: torch.dtype, held: int = 0) -> tuple[int, int, d
     leaves no room for a second program; there are rows enough in flight for accesses of fewer bytes. The limits are
     those of the compiled kernels (sm_90, float32): an end of a dopri5 adjoint step holds 18 blocks and takes 128
     registers; with the quadratures it holds 25 and takes 213, with half the elements 99. Of dopri8 it holds 43 and
-    takes 168 with half, 80 with a quarter.
+    takes 168 with half, 80 with a quarter. A thread that has one float64 can't have less: then half the threads (an end
+    of a gated nystrom4 adjoint step takes 169).
 
     One choice by size and type, nothing tuned: these kernels do nothing but stream rows, and what such a kernel needs
     is wide loads, several of them in flight (one for each row it reads) and registers to spare for occupancy.
@@ -38,9 +39,13 @@ def launch_shape(n: int, dtype: torch.dtype, held: int = 0) -> tuple[int, int, d
     block = _ELEMENTS[dtype] * 32 * _WARPS
     if held > (14 if dtype == torch.float64 else 24):
         block //= 2
-    if held > 38 and dtype != torch.float64:
+    warps = _WARPS
+    if dtype == torch.float64:
+        if held > 28:
+            block, warps = block // 2, warps // 2
+    elif held > 38:
         block //= 2
-    return triton.cdiv(n, block), block, {"num_warps": _WARPS}
+    return triton.cdiv(n, block), block, {"num_warps": warps}
 
 
 def start(kernel: Any, programs: int, rows: Tensor, *arguments: Any, **options: int) -> None:
