@@ -212,7 +212,7 @@ def accuracy(scale: Scale) -> dict[str, Any]:
         (torch.float16, 1e-2),
     ):
         problem = problem_on(DEVICE, dtype, scale.batch)
-        for gradient, method in (("discrete", "dopri5"), ("adjoint", "dopri5"), ("discrete", "nystrom4")):
+        for gradient, method in itertools.product(("discrete", "adjoint"), ("dopri5", "nystrom4")):
             results = {}
             for name in ("kernels", "torch"):
                 with path(name == "kernels"):
@@ -284,6 +284,7 @@ def launches(n: int, dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], ob
     u, k, v = rows[:2], rows[2:9], rows[9:16]
     weights = torch.rand(4, 7, dtype=torch.float64, device=DEVICE)
     own, rates = (torch.rand(size_of(method, True), dtype=torch.float64, device=DEVICE) for _ in range(2))
+    grown = torch.rand(size_of(method, True, growth=True), dtype=torch.float64, device=DEVICE)
     stage = traffic.momentum_stage
     return {
         "momentum stage 1": (
@@ -337,6 +338,16 @@ def launches(n: int, dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], ob
         "nystrom finish": (
             traffic.nystrom_finish(method, True).rows,
             lambda: ops.nystrom_finish(rows[0], z, k[:3], c, own, tol, tol, method, *gates, True),
+        ),
+        "nystrom adjoint stage 2": (
+            traffic.nystrom_adjoint_stage(method, True, 2).rows,
+            lambda: ops.nystrom_adjoint_stage(rows[0], z, k[:2], a, v[:2], c, grown, method, *gates, True),
+        ),
+        "nystrom adjoint finish": (
+            traffic.nystrom_adjoint_finish(method, True).rows,
+            lambda: ops.nystrom_adjoint_finish(
+                rows[0], z, k[:3], a, v[:4], c, grown, dt, tol, tol, method, *gates, True, False, None
+            ),
         ),
         "nystrom reverse stage 0": (
             traffic.nystrom_reverse_stage(method, True, 0).rows,
@@ -684,6 +695,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {name: before[name] for name in every if name in before}
     ran = dict(before.get("parts", {}))
     failed = {}
+    header = {
+        "gpu": gpu_name(),
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "versions": versions("torch", "triton", "torchdiffeq"),
+        "date": today(),
+        "commit": options.commit,
+        "parts": ran,
+        "failed": failed,
+    }
     with path(True):
         for name, part in every.items():
             if options.only and name not in options.only:
@@ -697,21 +718,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds = round(time.monotonic() - start, 1)
             ran[name] = {"date": today(), "commit": options.commit, "seconds": seconds}
             print(f"{name}: {seconds} s", flush=True)
-    header = {
-        "gpu": gpu_name(),
-        "driver": driver(),
-        "cuda": torch.version.cuda,
-        "versions": versions("torch", "triton", "torchdiffeq"),
-        "date": today(),
-        "commit": options.commit,
-        "parts": ran,
-        "failed": failed,
-    }
+            if output is not None:  # at once: the machine may not last
+                output.parent.mkdir(parents=True, exist_ok=True)
+                printed = [asdict(row) | {"met": row.met} for row in lines(found)]
+                output.write_text(json.dumps(header | {"table": printed} | found, indent=1, default=str) + "\n")
     rows = lines(found)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        printed = [asdict(row) | {"met": row.met} for row in rows]
-        output.write_text(json.dumps(header | {"table": printed} | found, indent=1, default=str) + "\n")
     print(f"\n{header['gpu']}, driver {header['driver']}, {header['versions']}, {header['date']}")
     if options.rehearse:
         print("A rehearsal: every part ran as far as it says; no figure here means anything.")
