@@ -1,14 +1,13 @@
 """The reversible gradient inside torch.compile: a splitting's steps, taken back in the loop of a backward pass.
 
 Loops in loops, in either direction: one over stretches of so many accepted steps, whose first states are all that is
-kept, and in it one over the steps of a stretch. Where the walk back comes out too far from the kept state, two more loops
-go through that stretch, first forward and then back; elsewhere these two make no turn.
+kept, and in it one over the steps of a stretch. Where the walk back comes out too far from the kept state, two more
+loops go through that stretch, first forward and then back; elsewhere these two make no turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from nesterov_triton.compiled import nystrom
 from nesterov_triton.compiled.gradients import Counts, Setting
 from nesterov_triton.compiled.loop import select, start, walk, within
 from nesterov_triton.compiled.nystrom import Parts
-from nesterov_triton.compiled.step import Rows, attempt, kept, nodes, stage_times
+from nesterov_triton.compiled.step import Rows, attempt, kept, stage_times
 from nesterov_triton.compiled.step import inside as states_inside
 from nesterov_triton.compiled.system import Moment
 from nesterov_triton.nystrom import Nystrom
@@ -67,6 +66,7 @@ def shears(method: Nystrom, gated: bool, gamma: Tensor | float, dt: Tensor) -> S
 class Taken(NamedTuple):
     """A step that was taken, in either direction."""
 
+    numbers: Shears  # in the state's dtype
     start: Rows
     stop: Rows
     forces: Sequence[Tensor]
@@ -86,36 +86,41 @@ class Steps:
         tensors: as `Bound` takes them.
     """
 
-    def __init__(
-        self, setting: Setting, end: Tensor, inside: Tensor | None, of_outputs: Rows, tensors: Rows
-    ) -> None:
+    def __init__(self, setting: Setting, end: Tensor, inside: Tensor | None, of_outputs: Rows, tensors: Rows) -> None:
         self.setting, self.end, self.inside, self.of_outputs, self.tensors = setting, end, inside, of_outputs, tensors
         parts = setting.flow(tensors).parts
         assert parts is not None
         assert isinstance(setting.plan.tableau, Nystrom)
         self.method, self.parts, self.bound = setting.plan.tableau, parts, setting.bound
         self.gated = parts.gate is not None
+        self._has = [x is not None for x in setting.bound.moments(end.reshape(1))[0]]
         # Whether the step's numbers have cotangents: each costs an inner product.
         self.counted = setting.time_grads or "damping" in setting.bound.scalars
 
-    def moments(self, t: Tensor, t1: Tensor) -> list[tuple[Tensor, ...]]:
-        """What the force needs of the stage times, without what it does not need."""
-        found = self.bound.moments(stage_times(self.method.c, t, t1, t1 - t))
-        return [tuple(x for x in moment if x is not None) for moment in found]
+    def moments(self, times: Tensor) -> list[tuple[Tensor, ...]]:
+        """What the force needs of each of these times, without what it does not need."""
+        return [tuple(x for x in moment if x is not None) for moment in self.bound.moments(times)]
+
+    def stages(self, t: Tensor, t1: Tensor) -> list[tuple[Tensor, ...]]:
+        """The same of a step's stage times."""
+        return self.moments(stage_times(self.method.c, t, t1, t1 - t))
 
     def linearise(self, moment: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Any]:
         """The force at a position, and its pullback, to position, tensors and, with time_grads, moment."""
+
+        def force(x: Tensor, own: Rows, at: tuple[Tensor, ...]) -> Tensor:
+            return self.bound.force(self._moment(at), x, own)
+
         if self.setting.time_grads:
-            force, pull, *_ = vjp(lambda x, own, at: self.bound.force(self._moment(at), x, own), x, self.tensors, moment)
+            value, pull, *_ = vjp(force, x, self.tensors, moment)
         else:
-            at = self._moment(moment)
-            force, pull, *_ = vjp(lambda x, own: self.bound.force(at, x, own), x, self.tensors)
-        return force, pull
+            value, pull, *_ = vjp(lambda x, own: force(x, own, moment), x, self.tensors)
+        return value, pull
 
     def take(self, t: Tensor, t1: Tensor, rows: Rows, back: bool) -> Taken:
         """The step from t to t1, from the state at its start; or, `back`, from that at its end."""
         n, s = self._numbers(t, t1, rows[0]), self.method.stages
-        moments = self.moments(t, t1)
+        moments = self.stages(t, t1)
         forces: list[Tensor] = []
         pulls: list[Any] = []
         positions: list[Tensor] = []
@@ -140,14 +145,14 @@ class Steps:
             return force * n.kick[i] if self.gated else force * n.kick[i] + q * n.pull[i]
 
         if not back:
-            q, p = rows[0], self._entered(n, *rows)
+            q, p = rows[0], rows[1] if self.gated else rows[1] + n.half * rows[0]
             for i in range(s):
                 p = p + kicked(i, q)
                 if i < s - 1:
                     q = q + drifted(i, p)
             m = p * n.end
             stop = [q, m] if self.gated else [q * n.end, m - n.half * (q * n.end)]
-            return Taken(rows, stop, forces, pulls, positions, gates, p)
+            return Taken(n, rows, stop, forces, pulls, positions, gates, p)
         x, m = rows
         q, p = (x, m / n.end) if self.gated else (x / n.end, (m + n.half * x) / n.end)
         momentum = p
@@ -156,14 +161,13 @@ class Steps:
             if i > 0:
                 q = q - drifted(i - 1, p)
         began = [q, p if self.gated else p - n.half * q]
-        return Taken(began, rows, forces[::-1], pulls[::-1], positions[::-1], gates[::-1], momentum)
+        return Taken(n, began, rows, forces[::-1], pulls[::-1], positions[::-1], gates[::-1], momentum)
 
     def transpose(self, t: Tensor, t1: Tensor, taken: Taken, found: Rows) -> list[Tensor]:
         """What has been found of cotangents once this step is transposed: of x and m at its start, of the force there,
         which is not yet pulled back, of the tensors, and with time_grads of the first time, the last, and those
         inside."""
-        x = taken.start[0]
-        n, s, setting = self._numbers(t, t1, x), self.method.stages, self.setting
+        n, s, setting = taken.numbers, self.method.stages, self.setting
         of_x1, of_m1, of_last, *totals = found
         tensors, of_times = list(totals[: len(self.tensors)]), list(totals[len(self.tensors) :])
         of_x = of_m = of_first = None
@@ -184,7 +188,8 @@ class Steps:
         def inner(a: Tensor, b: Tensor) -> Tensor:
             return (a * b).sum().to(torch.float64) if self.counted else zero
 
-        of_moments = [tuple(torch.zeros_like(x) for x in at) for at in self.moments(t, t1)] if setting.time_grads else []
+        stages = self.stages(t, t1) if setting.time_grads else []
+        of_moments = [tuple(torch.zeros_like(x) for x in at) for at in stages]
         of_p = of_m1 * n.end
         end = inner(of_m1, taken.momentum)
         if self.gated:
@@ -223,7 +228,7 @@ class Steps:
             of_p = of_p + of_value
         if not self.gated:
             of_q = of_q + n.half * of_p
-            half = half + inner(of_p, x)
+            half = half + inner(of_p, taken.start[0])
         if self.counted:
             numbers = (*kick, *place, *pull, *drift, *decay, end, half)
             gamma = torch.as_tensor(self.parts.gamma, dtype=torch.float64, device=t.device)
@@ -243,12 +248,11 @@ class Steps:
         """The same once the force at the first time, `t`, is pulled back, too; without it."""
         of_x, of_m, of_first, *totals = found
         tensors, of_times = totals[: len(self.tensors)], totals[len(self.tensors) :]
-        moment = tuple(x for x in self.bound.moments(t.reshape(1))[0] if x is not None)
-        _, pull = self.linearise(moment, x)
+        _, pull = self.linearise(self.moments(t.reshape(1))[0], x)
         more, own, *of_moment = pull(of_first)
         tensors = [a + b for a, b in zip(tensors, own, strict=True)]
         if of_moment:
-            _, back, *_ = vjp(lambda t: tuple(x for x in self.bound.moments(t.reshape(1))[0] if x is not None), t)
+            _, back, *_ = vjp(lambda t: self.moments(t.reshape(1))[0], t)
             of_times = [of_times[0] + back(of_moment[0])[0], *of_times[1:]]
         return [of_x + more, of_m, *tensors, *of_times]
 
@@ -265,14 +269,8 @@ class Steps:
         return [a + b for a, b in zip(totals, more, strict=True)]
 
     def _moment(self, values: Sequence[Tensor]) -> Moment:
-        rule = self.bound.rule
-        assert rule is not None
         given = iter(values)
-        has = (True, *(x is not None for x in rule.of_time(torch.ones(1, dtype=torch.float64))))
-        return Moment(*(next(given) if there else None for there in has))  # type: ignore[arg-type]
-
-    def _entered(self, n: Shears, x: Tensor, m: Tensor) -> Tensor:
-        return m if self.gated else m + n.half * x
+        return Moment(*(next(given) if has else None for has in self._has))  # type: ignore[arg-type]
 
     def _shears(self, t: Tensor, t1: Tensor, gamma: Tensor | float) -> Shears:
         return shears(self.method, self.gated, gamma, t1 - t)
@@ -280,13 +278,13 @@ class Steps:
     def _numbers(self, t: Tensor, t1: Tensor, like: Tensor) -> Shears:
         """In the state's dtype."""
         found = self._shears(t, t1, self.parts.gamma)
-        lists = ([x.to(like.dtype) for x in part] for part in found[:5])
-        return Shears(*lists, found.end.to(like.dtype), found.half.to(like.dtype))
+        kick, place, pull, drift, decay = ([x.to(like.dtype) for x in part] for part in found[:5])
+        return Shears(kick, place, pull, drift, decay, found.end.to(like.dtype), found.half.to(like.dtype))
 
     def _all_numbers(self, t: Tensor, t1: Tensor, gamma: Tensor) -> tuple[Any, ...]:
         found = self._shears(t, t1, gamma)
         flat = tuple(x for part in found[:5] for x in part)
-        return (*flat, found.end, found.half), tuple(self.moments(t, t1)) if self.setting.time_grads else ()
+        return (*flat, found.end, found.half), tuple(self.stages(t, t1)) if self.setting.time_grads else ()
 
     def _pull_outputs(self, t: Tensor, t1: Tensor, taken: Taken, given: Rows) -> tuple[Rows, Rows]:
         """The cotangents of what dense output is made of: the states at both ends and the forces there; and, where
@@ -310,9 +308,7 @@ class Steps:
         return of_ends, free
 
 
-def forward(
-    setting: Setting, every: int, times: Tensor, rows: Rows, tensors: Rows
-) -> tuple[Rows, Rows, Counts, Rows]:
+def forward(setting: Setting, every: int, times: Tensor, rows: Rows, tensors: Rows) -> tuple[Rows, Rows, Counts, Rows]:
     """The rows at the end and those at the requested times inside, counts, and what is kept: the last step's end, the
     steps' starts, and the rows after each stretch."""
     plan, flow = setting.plan, setting.flow(tensors)
@@ -395,8 +391,7 @@ class Reversible(torch.autograd.Function):
             return Steps(setting, end, inside, of_outputs, tensors)
 
         def stretch(i: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
-            reached, before = carried[:n], carried[n:]
-            low = i * every
+            low, before = i * every, carried[n:]
             high = torch.minimum(low + every, count) - 1
             begun = [x.index_select(0, i.reshape(1))[0] for x in states]
 

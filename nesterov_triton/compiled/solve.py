@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.variables.base import VariableTracker
 from torch._functorch import config as _functorch_config
 from torch.func import functional_call
 
@@ -107,8 +108,8 @@ def run(
             found = list(Reversible.apply(setting, *numbers(gradient), times, *rows, *tensors))  # type: ignore[no-untyped-call]
         else:
             raise RuntimeError(
-                f"gradient={gradient!r} cannot be traced by torch.compile: take 'discrete' or 'adjoint', or leave the "
-                "layer outside of the compiled region (torch.compiler.disable)"
+                f"gradient={gradient!r} cannot be traced by torch.compile: take 'discrete', 'adjoint' or 'reversible', "
+                "or leave the layer outside of the compiled region (torch.compiler.disable)"
             )
     return _solution(setting, times, rows, found, strategy)
 
@@ -141,10 +142,14 @@ def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> b
 
     Raises:
         ValueError: naming the shapes and dtypes that do not agree.
-        RuntimeError: naming the shapes of the tensors that would get no gradient.
+        RuntimeError: naming the shapes of the tensors that would get no gradient; or both are made under the tracer.
     """
     momentum: Momentum | None = _known_by(system) if system else None
     field = _known_by(field) if isinstance(field, int) else field
+    if isinstance(momentum, VariableTracker) or isinstance(field, VariableTracker):
+        raise RuntimeError(
+            "a system or field made inside of the compiled function cannot be traced by torch.compile: make it outside"
+        )
     sees_momentum = momentum is not None and momentum.sees_momentum
     # torch.export records a change of the mode, even to the same.
     with torch.enable_grad() if grads else nullcontext(), torch._C.DisableTorchFunctionSubclass():
@@ -198,14 +203,19 @@ def _numbers_of(owner: Any) -> tuple[float | int | None, ...]:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _as_constants(owner: int) -> tuple[float | int | None, ...]:
-    return _numbers_of(_known_by(owner))
+def _as_constants(owner: int) -> tuple[float | int | None, ...] | None:
+    """None for what is made while it is traced, whose identity is that of the tracer's stand-in: before torch 2.13 an
+    object of that class without attributes."""
+    found = _known_by(owner)
+    return None if isinstance(found, VariableTracker) or not vars(found) else _numbers_of(found)
 
 
 def numbers(owner: Any) -> list[Any]:
     """These numbers as constants of the trace, with a guard on each: with `dynamic=True` a tracer takes numbers for
     inputs, and a loop takes none."""
     constants = _as_constants(id(owner))
+    if constants is None:
+        return list(_numbers_of(owner))
     if isinstance(owner, Momentum):
         id(owner.gate_x), id(owner.gate_f)  # to look at an identity is to guard it
     for number, constant in zip(_numbers_of(owner), constants, strict=True):
