@@ -114,7 +114,7 @@ def test_by_inductor(model, method, gradient):
 def test_steps_taken_back_by_inductor():
     """Loops in loops."""
     gradient = nt.gradients.Reversible(every=2)
-    stats, _ = agree(layer_of("GNesterovNODE", "strang", gradient=gradient, step_size=0.2), "inductor")
+    stats, _ = agree(layer_of("NesterovNODE", "strang", gradient=gradient, step_size=0.2), "inductor")
     assert stats.accepted == 5
 
 
