@@ -694,7 +694,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = parts(TINY if options.rehearse else FULL)
     found = {name: before[name] for name in every if name in before}
     ran = dict(before.get("parts", {}))
-    failed = {}
+    failed: dict[str, str] = {}
     header = {
         "gpu": gpu_name(),
         "driver": driver(),

@@ -110,6 +110,14 @@ def test_by_inductor(model, method, gradient):
     agree(layer_of(model, method, gradient=gradient), "inductor")
 
 
+@pytest.mark.slow
+def test_steps_taken_back_by_inductor():
+    """Loops in loops."""
+    gradient = nt.gradients.Reversible(every=2)
+    stats, _ = agree(layer_of("NesterovNODE", "strang", gradient=gradient, step_size=0.2), "inductor")
+    assert stats.accepted == 5
+
+
 def test_inside_a_larger_model():
     torch.manual_seed(0)
     layer = nt.GNesterovNODE(Field(), **TIGHT)
@@ -225,6 +233,14 @@ def test_a_second_batch_size_compiles_nothing_anew():
         agree(layer, h=features(5, 2), run=run)
 
 
+def test_steps_taken_back_at_a_second_batch_size_compile_nothing_anew():
+    layer = layer_of("GNesterovNODE", "strang", gradient=nt.gradients.Reversible(every=2), step_size=0.3)
+    run = compiled(layer, dynamic=True)
+    agree(layer, h=features(3, 2), run=run)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        agree(layer, h=features(7, 2), run=run)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_changed_setting_is_noticed(dynamic):
     layer, h = nt.GNesterovNODE(Field(), gate=nt.gates.Softclip(3.0), rtol=1e-2, atol=1e-2).double(), features(3, 2)
@@ -322,6 +338,31 @@ def test_what_cannot_be_traced_says_what_to_do(options, message):
     layer = nt.NODE(Field(), **options).double()
     with pytest.raises(Exception, match=message):
         compiled(layer)(features(3, 2).requires_grad_())
+
+
+def test_a_strategy_made_under_the_tracer():
+    system, state = nt.systems.gnesterov(Field()).double(), (features(3, 2), features(3, 2, seed=2))
+
+    def run(x, m):
+        gradient = nt.gradients.Adjoint(rtol=1e-3)
+        return nt.solve(system, (x, m), (1.0, 2.0), method="adaptive_heun", rtol=1e-2, gradient=gradient).final[0]
+
+    found = []
+    for call in (run, compiled(run)):
+        x, m = (s.clone().requires_grad_() for s in state)
+        found.append(torch.autograd.grad(call(x, m).square().sum(), [x, m, *system.parameters()]))
+    assert largest_difference(list(found[1]), list(found[0])) <= 1e-10
+
+
+@pytest.mark.skipif(BEFORE_2_13, reason="torch hands on another stand-in")
+def test_a_system_made_under_the_tracer_is_refused():
+    field = Field()
+
+    def run(x, m):
+        return nt.solve(nt.systems.Momentum(field), (x, m), (1.0, 2.0)).final[0]
+
+    with pytest.raises(Exception, match="make it outside"):
+        compiled(run)(features(3, 2), features(3, 2))
 
 
 # --- export

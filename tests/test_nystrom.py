@@ -685,6 +685,89 @@ def test_traced_solves_are_the_eager_ones(name: str, method: str, gradient: str,
         assert int(traced.nfe_forward) == eager.nfe_forward
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "gradient", "t", "options"),
+    [
+        ("gnesterov exact", "strang", gradients.Reversible(every=2), (2.0, 1.6, 1.0), {"rtol": 1e-2, "atol": 1e-2}),
+        ("heavy ball", "auto", gradients.Reversible(every=3, bound=0.0), (1.0, 2.2), {"rtol": 1e-4, "atol": 1e-4}),
+    ],
+)
+def test_traced_steps_are_taken_back_as_eager_ones(
+    name: str, method: str, gradient: Any, t: tuple[float, ...], options: dict[str, float]
+) -> None:
+    """Gradients of states, times, parameters, ξ and γ; also where every stretch is taken forward again."""
+    flow = system(name)
+
+    def run(x: Tensor, m: Tensor, times: Tensor) -> tuple[Any, Any]:
+        solution = nt.solve(flow, (x, m), times, method=method, gradient=gradient, **options)
+        return solution.ys, solution.stats
+
+    torch._dynamo.reset()
+    found = []
+    for call in (run, torch.compile(run, backend="eager", fullgraph=True)):
+        x, m = (s.clone().requires_grad_() for s in start())
+        times = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+        (xs, ms), stats = call(x, m, times)
+        found.append((xs, ms, *torch.autograd.grad(loss_of(xs, ms), [x, m, times, *flow.parameters()]), stats))
+    (*eager, stats), (*traced, counts) = found
+    torch.testing.assert_close(traced, eager, rtol=1e-11, atol=1e-12)
+    steps, method = stats.accepted, stats.method
+    assert steps > 3
+    assert (int(counts.accepted), int(counts.rejected), counts.method) == (steps, stats.rejected, method)
+    again = 0 if len(t) == 2 else steps * (METHODS[method].stages - 1) + 1  # for the outputs inside
+    assert int(counts.nfe_forward) == stats.nfe_forward + again
+    assert int(counts.nfe_backward) == steps * METHODS[method].stages + 1
+
+
+def saved_by(output: Tensor) -> int:
+    """Elements of the tensors that the graph of a compiled function's output keeps."""
+    node: Any = output.grad_fn
+    while not hasattr(node, "saved_tensors"):
+        node = node.next_functions[0][0]
+    return sum(tensor.numel() for tensor in node.saved_tensors)
+
+
+def test_memory_of_traced_steps_that_are_taken_back() -> None:
+    """As eager, one state in fifty: and fifty times, of the steps between."""
+    flow = system("gnesterov")
+
+    def run(x: Tensor, m: Tensor, times: Tensor) -> Tensor:
+        return nt.solve(flow, (x, m), times, method="strang", gradient="reversible", step_size=0.01).final[0]
+
+    torch._dynamo.reset()
+    traced, kept = torch.compile(run, backend="aot_eager", fullgraph=True), []
+    for end in (1.1, 1.5, 2.5):  # 10, 50 and 150 steps
+        times, found = torch.tensor([1.0, end], dtype=torch.float64), []
+        for call in (run, traced):
+            x, m = (s.clone().requires_grad_() for s in start(64))
+            out = call(x, m, times)
+            found.append([out, *torch.autograd.grad(out.square().sum(), [x, m, *flow.parameters()], retain_graph=True)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+        kept.append(saved_by(out))
+    state = 2 * 64 * 4
+    assert kept[1] == kept[0]
+    assert kept[2] - kept[1] == 2 * (state + 50)
+
+
+def test_a_traced_stretch_that_cannot_be_walked_back_is_taken_forward_again() -> None:
+    torch.manual_seed(0)
+    flow = systems.Momentum(Waves(), damping=30.0)
+
+    def gradients_by(gradient: Any, traced: bool = False) -> tuple[Tensor, ...]:
+        def run(x: Tensor, m: Tensor) -> Tensor:
+            return nt.solve(flow, (x, m), (0.0, 2.0), method="strang", gradient=gradient, step_size=0.02).final[0]
+
+        x, m = (s.float().requires_grad_() for s in start())
+        out = (torch.compile(run, backend="eager", fullgraph=True) if traced else run)(x, m)
+        return torch.autograd.grad(out.square().sum(), [x, m, *flow.parameters()])
+
+    torch._dynamo.reset()
+    truth = gradients_by("discrete")
+    torch.testing.assert_close(gradients_by("reversible", traced=True), truth, rtol=1e-3, atol=1e-4)
+    lost = gradients_by(gradients.Reversible(bound=math.inf))
+    assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(lost, truth, strict=True))
+
+
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_numbers_with_and_without_a_graph_are_the_same(name: str, method: str) -> None:
     flow = system(name)

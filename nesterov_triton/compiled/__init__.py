@@ -11,5 +11,6 @@ start): each strategy is an autograd.Function with a loop of its own in its back
 | `step` | one step: stages, end, error, dense output |
 | `loop` | the loop over attempted steps |
 | `gradients` | discrete and adjoint |
+| `reversible` | the gradient that takes a splitting's steps back, by loops in loops |
 | `solve` | what `nesterov_triton.solve` and the layers call under a tracer |
 """

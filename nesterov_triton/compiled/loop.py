@@ -59,7 +59,9 @@ class Walk(NamedTuple):
     rows: list[Tensor]
     outputs: list[Tensor]  # at the requested times inside, [n, *shape] each; none where they are not asked for
     quadratures: list[Tensor]  # the integrals of what the slopes have beyond the rows
-    taken: tuple[Tensor, ...]  # with `keep`: t, accepted, and the rows after every attempt, [attempts, ...] each
+    # With `keep`: t, accepted, and the rows after every attempt, [attempts, ...] each. With `every`: when the steps of
+    # each stretch started, [stretches, every] float64, and the rows after each, [stretches, ...].
+    taken: tuple[Tensor, ...]
 
 
 def start(
@@ -103,6 +105,7 @@ def walk(
     times: Tensor | None = None,
     quadratures: Rows = (),
     keep: bool = False,
+    every: int | None = None,
 ) -> Walk:
     """Steps from the control's time to `end`.
 
@@ -112,6 +115,7 @@ def walk(
         quadratures: what these integrals are added to.
         times: requested times inside, [n] float64: their states come from dense output.
         keep: whether every attempt's state is to be kept.
+        every: one state in so many accepted steps is to be kept; a stretch is so many steps.
     """
     tableau, count = plan.tableau, len(rows)
     kept_first = len(first) if tableau.fsal else 0
@@ -125,11 +129,12 @@ def walk(
     def body(*carried: Tensor) -> tuple[Tensor, ...]:
         control, state, known, sums, outputs = _split(carried, sizes)
         c = Control(*control)
-        t1, last, stuck = _target(plan, c, t0, end)
-        t, t1, dt = torch.stack((c.t, t1, t1 - c.t)).unbind()  # on a CPU Inductor keeps what is stacked in memory
+        target, last, stuck = _target(plan, c, t0, end)
+        # On a CPU Inductor keeps what is stacked in memory; it takes no part of it for the result of a loop in a loop.
+        t, t1, dt = torch.stack((c.t, target, target - c.t)).unbind()
         tried = attempt(tableau, flow, t, t1, dt, state, known if kept_first else None, times is not None)
         own, new = tried.stages[: tableau.stages], tried.new
-        c1, ok = _decide(plan, c, t1, last, stuck, state, tried)
+        c1, ok = _decide(plan, c, target, last, stuck, state, tried)
 
         def chosen(a: Rows, b: Rows) -> list[Tensor]:
             return [torch.where(ok, x, y) for x, y in zip(a, b, strict=True)]
@@ -144,11 +149,31 @@ def walk(
         # A loop's results must not be its arguments.
         return (*(x.clone() for x in c1), *chosen(new, state), *following, *totals, *outputs)
 
+    def stretch(known: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+        def within_stretch(n: Tensor, starts: Tensor, *carried: Tensor) -> Tensor:
+            return condition(*carried) & (n < len(starts))
+
+        def noted(n: Tensor, starts: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+            before, after = Control(*carried[:8]), body(*carried)
+            ok = Control(*after[:8]).accepted - before.accepted
+            here = (torch.arange(len(starts), device=starts.device) == n) & (ok == 1)
+            return (n + ok, torch.where(here, before.t, starts), *after)
+
+        begin = (torch.zeros_like(carried[6]), torch.zeros_like(known), *(x.clone() for x in carried))
+        _, starts, *after = while_loop(within_stretch, noted, begin)  # type: ignore[no-untyped-call]
+        return (starts, *after)
+
     carried = (*control, *(x.clone() for x in (*rows, *first[:kept_first], *quadratures)), *held)
+    stacked = torch.ops.higher_order.while_loop_stack_output
     if keep:
-        taken = torch.ops.higher_order.while_loop_stack_output(condition, body, carried, ())
+        taken = stacked(condition, body, carried, ())
         done = [x[-1] for x in taken]
         kept = (taken[0], taken[6], *taken[8 : 8 + count])
+    elif every is not None:
+        starts = control.t.new_zeros(min(every, plan.options.max_steps))
+        starts, *taken = stacked(lambda _, *carried: condition(*carried), stretch, (starts, *carried), ())
+        done = [x[-1] for x in taken]
+        kept = (starts, *taken[8 : 8 + count])
     else:
         done, kept = list(while_loop(condition, body, carried)), ()  # type: ignore[no-untyped-call]
     ended, ends, _, totals, outputs = _split([x.clone() for x in done], sizes)

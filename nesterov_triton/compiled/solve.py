@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.variables.base import VariableTracker
 from torch._functorch import config as _functorch_config
 from torch.func import functional_call
 
 from nesterov_triton import gates, gradients
 from nesterov_triton.compiled.gradients import Adjoint, Counts, Discrete, Setting, forward
 from nesterov_triton.compiled.loop import Plan
+from nesterov_triton.compiled.reversible import Reversible
 from nesterov_triton.compiled.step import stages_back
 from nesterov_triton.compiled.system import Bound
 from nesterov_triton.gradients import leaves
@@ -102,12 +104,14 @@ def run(
             found = list(Discrete.apply(setting, times, *rows, *tensors))  # type: ignore[no-untyped-call]
         elif strategy is gradients.Adjoint:
             found = list(Adjoint.apply(setting, times, *rows, *tensors))  # type: ignore[no-untyped-call]
+        elif strategy is gradients.Reversible:
+            found = list(Reversible.apply(setting, *numbers(gradient), times, *rows, *tensors))  # type: ignore[no-untyped-call]
         else:
             raise RuntimeError(
-                f"gradient={gradient!r} cannot be traced by torch.compile: take 'discrete' or 'adjoint', or leave the "
-                "layer outside of the compiled region (torch.compiler.disable)"
+                f"gradient={gradient!r} cannot be traced by torch.compile: take 'discrete', 'adjoint' or 'reversible', "
+                "or leave the layer outside of the compiled region (torch.compiler.disable)"
             )
-    return _solution(setting, times, rows, found, counted_back=strategy is gradients.Discrete)
+    return _solution(setting, times, rows, found, strategy)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -138,10 +142,14 @@ def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> b
 
     Raises:
         ValueError: naming the shapes and dtypes that do not agree.
-        RuntimeError: naming the shapes of the tensors that would get no gradient.
+        RuntimeError: naming the shapes of the tensors that would get no gradient; or both are made under the tracer.
     """
     momentum: Momentum | None = _known_by(system) if system else None
     field = _known_by(field) if isinstance(field, int) else field
+    if isinstance(momentum, VariableTracker) or isinstance(field, VariableTracker):
+        raise RuntimeError(
+            "a system or field made inside of the compiled function cannot be traced by torch.compile: make it outside"
+        )
     sees_momentum = momentum is not None and momentum.sees_momentum
     # torch.export records a change of the mode, even to the same.
     with torch.enable_grad() if grads else nullcontext(), torch._C.DisableTorchFunctionSubclass():
@@ -185,6 +193,8 @@ def _numbers_of(owner: Any) -> tuple[float | int | None, ...]:
         return (owner.sign, owner.fixed_damping, owner.fixed_xi, *bounds)
     if isinstance(owner, gradients.Adjoint):
         return (owner.rtol, owner.atol)
+    if isinstance(owner, gradients.Reversible):
+        return (owner.every, owner.bound)
     o = owner.options
     c = o.controller
     tolerances = (None if isinstance(x, Tensor) else x for x in (owner.rtol, owner.atol))
@@ -193,14 +203,19 @@ def _numbers_of(owner: Any) -> tuple[float | int | None, ...]:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _as_constants(owner: int) -> tuple[float | int | None, ...]:
-    return _numbers_of(_known_by(owner))
+def _as_constants(owner: int) -> tuple[float | int | None, ...] | None:
+    """None for what is made while it is traced, whose identity is that of the tracer's stand-in: before torch 2.13 an
+    object of that class without attributes."""
+    found = _known_by(owner)
+    return None if isinstance(found, VariableTracker) or not vars(found) else _numbers_of(found)
 
 
 def numbers(owner: Any) -> list[Any]:
     """These numbers as constants of the trace, with a guard on each: with `dynamic=True` a tracer takes numbers for
     inputs, and a loop takes none."""
     constants = _as_constants(id(owner))
+    if constants is None:
+        return list(_numbers_of(owner))
     if isinstance(owner, Momentum):
         id(owner.gate_x), id(owner.gate_f)  # to look at an identity is to guard it
     for number, constant in zip(_numbers_of(owner), constants, strict=True):
@@ -254,7 +269,7 @@ def _backward_plan(plan: Plan, gradient: Any) -> Plan:
 
 
 def _solution(
-    setting: Setting, times: Tensor, rows: Sequence[Tensor], found: Sequence[Tensor], counted_back: bool
+    setting: Setting, times: Tensor, rows: Sequence[Tensor], found: Sequence[Tensor], strategy: type
 ) -> CompiledSolution:
     n, many = setting.rows, len(times) > 2
     ends, inside = found[:n], found[n : 2 * n] if many else []
@@ -268,10 +283,14 @@ def _solution(
     middle = [checked(x) for x in inside] if many else [row.new_zeros((0, *row.shape)) for row in rows]
     ys = [torch.cat((a.unsqueeze(0), b, c.unsqueeze(0))) for a, b, c in zip(rows, middle, final, strict=True)]
     tableau = setting.plan.tableau
-    back = stages_back(tableau, many)
+    back: Any = 0
+    if strategy in (gradients.Discrete, gradients.Reversible):
+        # The first force of all is pulled back by itself where steps are taken back.
+        extra = 1 if strategy is gradients.Reversible else 0
+        back = (counts.accepted * stages_back(tableau, many) + extra).detach()
     stats = Stats(
         nfe_forward=counts.evaluations.detach(),  # type: ignore[arg-type]
-        nfe_backward=(counts.accepted * back).detach() if counted_back else 0,  # type: ignore[arg-type]
+        nfe_backward=back,
         accepted=counts.accepted.detach(),  # type: ignore[arg-type]
         rejected=counts.rejected.detach(),  # type: ignore[arg-type]
         method=tableau.name,
