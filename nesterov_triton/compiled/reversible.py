@@ -319,40 +319,51 @@ def forward(setting: Setting, every: int, times: Tensor, rows: Rows, tensors: Ro
     spent = evaluations + each * (c.accepted + c.rejected)
     outputs: Rows = []
     if len(times) > 2:
-        outputs = _outputs_inside(setting, times, rows, tensors, c.accepted, c.t, done.taken[0])
+        outputs = _outputs_inside(setting, times, rows, tensors, Spans(done.taken[0], c.accepted, c.t))
         spent = spent + each * c.accepted + 1
     return done.rows, outputs, Counts(c.status, c.accepted, c.rejected, spent), (c.t, *done.taken)
 
 
-def _span(starts: Tensor, count: Tensor, stop: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and end of the accepted step `k`, of [stretches, every] starts."""
-    flat = starts.reshape(-1)
-    ends = torch.cat((flat[1:], stop.reshape(1)))
-    i = k.reshape(1)
-    return flat.index_select(0, i)[0], torch.where(k + 1 == count, stop, ends.index_select(0, i)[0])
+class Spans(NamedTuple):
+    """Where the accepted steps start and end.
+
+    Attributes:
+        starts: [stretches, every] float64; after the last step's what is not used.
+        number: of steps, 0-d.
+        stop: the last one's end, 0-d.
+    """
+
+    starts: Tensor
+    number: Tensor
+    stop: Tensor
+
+    def at(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Start and end of the step `k`, 0-d each."""
+        flat, last = self.starts.reshape(-1), k + 1 == self.number
+        # No slice: Inductor of torch 2.11 takes none of unknown length.
+        following = flat.index_select(0, torch.where(last, k, k + 1).reshape(1))[0]
+        return flat.index_select(0, k.reshape(1))[0], torch.where(last, self.stop, following)
 
 
-def _outputs_inside(
-    setting: Setting, times: Tensor, rows: Rows, tensors: Rows, count: Tensor, stop: Tensor, starts: Tensor
-) -> list[Tensor]:
+def _outputs_inside(setting: Setting, times: Tensor, rows: Rows, tensors: Rows, spans: Spans) -> list[Tensor]:
     """The states at the requested times inside, by taking the accepted steps again."""
     method, inside, n = setting.plan.tableau, times[1:-1].clone(), setting.rows
     flow = setting.flow(tensors)
     first = kept(method, flow, rows, flow.at(times[0], rows))
 
     def condition(k: Tensor, *carried: Tensor) -> Tensor:
-        return k < count
+        return k < spans.number
 
     def body(k: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
         state, known, outputs = carried[:n], carried[n : n + 1], carried[n + 1 :]
-        t, t1 = _span(starts, count, stop, k)
+        t, t1 = spans.at(k)
         flow, dt = setting.flow(tensors), t1 - t
         tried = attempt(method, flow, t, t1, dt, state, known, dense=True)
         found = states_inside(method, flow, dt, state, tried, (inside - t) / dt)
         return (k + 1, *tried.new, tried.stages[-1][0], *select(within(inside, t, t1), found, outputs))
 
     held = [row.new_zeros((len(inside), *row.shape)) for row in rows]
-    carried = (torch.zeros_like(count), *(x.clone() for x in (*rows, *first)), *held)
+    carried = (torch.zeros_like(spans.number), *(x.clone() for x in (*rows, *first)), *held)
     done = while_loop(condition, body, carried)  # type: ignore[no-untyped-call]
     return list(done[2 + n :])
 
@@ -380,7 +391,7 @@ class Reversible(torch.autograd.Function):
         stop, starts, *after = saved[len(saved) - 2 - n :]
         args = saved[: len(saved) - 2 - n]
         rows, tensors = args[:n], args[n:]
-        many, every = len(times) > 2, starts.shape[1]
+        many, every, spans = len(times) > 2, starts.shape[1], Spans(starts, count, stop)
         states = [torch.cat((row.unsqueeze(0), x[:-1])) for row, x in zip(rows, after, strict=True)]
         bound = 10 * torch.finfo(rows[0].dtype).eps ** 0.5 if ctx.bound is None else ctx.bound
         inside, of_outputs = (times[1:-1].clone(), cotangents[n : 2 * n]) if many else (None, ())
@@ -396,7 +407,7 @@ class Reversible(torch.autograd.Function):
             begun = [x.index_select(0, i.reshape(1))[0] for x in states]
 
             def back(k: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
-                own, (t, t1) = steps(), _span(starts, count, stop, k)
+                own, (t, t1) = steps(), spans.at(k)
                 taken = own.take(t, t1, carried[:n], back=True)
                 return (k - 1, *(x.clone() for x in taken.start), *own.transpose(t, t1, taken, carried[n:]))
 
@@ -406,7 +417,7 @@ class Reversible(torch.autograd.Function):
             again = ~(_norm([a - b for a, b in zip(walked[:n], begun, strict=True)]) <= bound * _norm(begun))
 
             def forth(k: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-                t, t1 = _span(starts, count, stop, k)
+                t, t1 = spans.at(k)
                 tried = attempt(method, setting.flow(tensors), t, t1, t1 - t, state, None, dense=False)
                 return (k + 1, *tried.new)
 
@@ -416,7 +427,7 @@ class Reversible(torch.autograd.Function):
             whole = [torch.cat((x.unsqueeze(0), y)) for x, y in zip(begun, later, strict=True)]
 
             def once_more(k: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
-                own, (t, t1) = steps(), _span(starts, count, stop, k)
+                own, (t, t1) = steps(), spans.at(k)
                 state = [x.index_select(0, (k - low).reshape(1))[0] for x in whole]
                 taken = own.take(t, t1, state, back=False)
                 return (k - 1, *own.transpose(t, t1, taken, found))
