@@ -194,6 +194,20 @@ def test_solve_itself():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_solve_itself_for_any_batch_and_tolerance():
+    """As README has it: with numbers taken for constants."""
+    system = nt.systems.gnesterov(Field()).double()
+
+    def run(x, m, tolerance):
+        return nt.solve(system, (x, m), (1.0, 2.0), rtol=tolerance, atol=tolerance).final[0]
+
+    with torch._dynamo.config.patch(specialize_float=True):
+        own = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+        for batch, tolerance in ((3, 1e-5), (5, 1e-7)):
+            state = features(batch, 2), features(batch, 2, seed=2)
+            torch.testing.assert_close(own(*state, tolerance), run(*state, tolerance), rtol=1e-10, atol=1e-10)
+
+
 class Wide(torch.nn.Module):
     def __init__(self):
         super().__init__()
