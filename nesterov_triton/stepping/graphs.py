@@ -434,7 +434,8 @@ def captured(function: Callable[[], None], device: torch.device) -> Callable[[],
                     graph.capture_end()
                 with contextlib.suppress(RuntimeError, AttributeError):
                     torch._C._cuda_endAllocateToPool(device.index, pool)
-                _settle(device)
+                with contextlib.suppress(RuntimeError):
+                    _settle(device)
                 raise
         torch.cuda.synchronize()
     return graph.replay
