@@ -35,12 +35,15 @@ def test_a_row_is_the_same_whatever_the_others_are(method, times):
     keywords = {"method": method, "rtol": tight, "atol": tight / 10, "per_sample": True, "return_stats": True}
     together, stats = nt.odeint(lively, y0, t, **keywords)
     alone = [nt.odeint(lively, y0[b : b + 1], t, **keywords) for b in range(5)]
-    assert torch.equal(together, torch.cat([y for y, _ in alone], dim=1))
+    # To rounding: whether an element is computed in a vector or in what is left over depends on its place, and on some
+    # processors its last digit does.
+    same = {"rtol": 1e-12, "atol": 1e-13}
+    torch.testing.assert_close(together, torch.cat([y for y, _ in alone], dim=1), **same)
     assert stats.accepted == sum(s.accepted for _, s in alone)
     assert stats.rejected == sum(s.rejected for _, s in alone)
     assert alone[0][1].accepted < alone[-1][1].accepted
     shuffled = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.equal(nt.odeint(lively, y0[shuffled], t, **keywords)[0], together[:, shuffled])
+    torch.testing.assert_close(nt.odeint(lively, y0[shuffled], t, **keywords)[0], together[:, shuffled], **same)
     exact = y0[:, 1:] * torch.exp(torch.sin(y0[:, :1] * t[-1]) - torch.sin(y0[:, :1] * t[0]))
     torch.testing.assert_close(together[-1, :, 1:], exact, rtol=5e-2, atol=1e-2)
 
