@@ -114,43 +114,53 @@ def run_tests(workers: int = 13, limit: int = 240) -> dict[str, Any]:
     """The kernels' tests in so many processes: most of their time is compilation. After `limit` seconds it counts what
     was done."""
     files = [f"tests/test_{name}.py" for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-n", str(workers), "-q", "--tb=short", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory() as folder:
-        log, failures = Path(folder, "log"), Path(folder, "failures")
-        with log.open("w") as out:
-            environment = {**_environment(), FAILURES: str(failures)}
-            command = [sys.executable, "-m", "pytest", "-n", str(workers), "-q", "--tb=short", "-p", "no:cacheprovider"]
-            process = subprocess.Popen(
-                [*command, "-p", "benchmarks.gpu_failures", *files], cwd=ROOT, stdout=out, stderr=out, env=environment
-            )
-            try:
-                process.wait(limit)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)
-                process.wait(20)
-        said = log.read_text()
-        counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", said)}
+        failures = Path(folder, "failures")
+        status, said = _run([*command, "-p", "benchmarks.gpu_failures", *files], limit, **{FAILURES: str(failures)})
         found = failures.read_text() if failures.exists() else ""
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", said)}
     print(found)
     names = re.findall(r"^### (\S+)", found, re.MULTILINE)
-    return {"exit": process.returncode, **counts, "failures": names, "end": said.splitlines()[-3:]}
+    return {"exit": status, **counts, "failures": names, "end": said.splitlines()[-3:]}
 
 
-def sanitize(tool: str, loop: str, **variables: str) -> dict[str, Any]:
+def sanitize(tool: str, loop: str, limit: int = 240, **variables: str) -> dict[str, Any]:
     """A small run of every layer under compute-sanitizer."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
         return {"said": "compute-sanitizer was not found"}
     # Calls that fail are torch's affair: it asks whether pointers are its own, and so on.
     command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-    done = subprocess.run(
-        [*command, sys.executable, "-m", "benchmarks.gpu", "--small-run", loop],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**_environment(), **variables}, check=False,
-    )  # fmt: skip
-    said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-    if done.returncode:
-        print(tool, loop, done.stdout[-3000:], done.stderr[-3000:])
-    loops = sorted(set(re.findall(r"loop(?:_backward)?='([^']*)'", done.stdout)))
-    return {"exit": done.returncode, "said": said[-1] if said else (done.stdout + done.stderr)[-500:], "loops": loops}
+    small = [sys.executable, "-m", "benchmarks.gpu", "--small-run", loop]
+    status, output = _run([*command, *small], limit, **variables)
+    said = [line for line in output.splitlines() if line.startswith("=========")]
+    if status:
+        print(tool, loop, output[-5000:])
+    loops = sorted(set(re.findall(r"loop(?:_backward)?='([^']*)'", output)))
+    return {"exit": status, "said": said[-1] if said else output[-500:], "loops": loops}
+
+
+def _run(command: Sequence[str], limit: int, **variables: str) -> tuple[int, str]:
+    """Exit status and output of a command, which is interrupted after `limit` seconds; of what it has started nothing
+    is left to hold up the GPU."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=out, env={**environment, **variables}, start_new_session=True
+        )
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        out.seek(0)
+        return process.returncode, out.read()
 
 
 def small_run(loop: str) -> None:
@@ -178,10 +188,6 @@ class Affine(nn.Module):
     def forward(self, t: Tensor, h: Tensor, m: Tensor | None = None) -> Tensor:
         u: Tensor = self.linear(h)
         return u if m is None else u - m
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 # --- accuracy

@@ -143,7 +143,6 @@ class Loops:
                 self._last.pop(key, None)
                 return None
             self._entries.move_to_end(full)
-            entry.uses += 1
             return entry
 
     def confirm(self, key: tuple[Hashable, ...], full: tuple[Hashable, ...]) -> None:

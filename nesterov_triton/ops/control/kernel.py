@@ -17,7 +17,7 @@ from nesterov_triton.gates import Identity, kernel_form
 from nesterov_triton.gates_triton import FORMS
 from nesterov_triton.ops import control
 from nesterov_triton.ops.control import MAX_STEPS, NON_FINITE, RUNNING, STEP_UNDERFLOW, Law, Setting, Slot
-from nesterov_triton.ops.runge_kutta.kernel import CHUNK, launch_shape, start, total, unless_finite
+from nesterov_triton.ops.runge_kutta.kernel import CHUNK, launch_shape, positive, start, total, unless_finite
 
 
 def constants(*members: int) -> list[tl.constexpr]:
@@ -38,7 +38,6 @@ DAMPING, XI = constants(Setting.DAMPING, Setting.XI)
 RUNS, TOO_MANY, UNDERFLOW, BAD = (tl.constexpr(float(x)) for x in (RUNNING, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE))
 SLOTS, INFINITE, SPANS = constants(control.SLOTS, control.INFINITE, control.SPANS)
 RTOL, ATOL = constants(Setting.RTOL, Setting.ATOL)
-WIDE = {torch.float64: tl.float64}  # float32 for all others
 
 
 @triton.jit
@@ -326,17 +325,6 @@ def store_norm(partials_ptr, value, scale, mask):
     tl.store(partials_ptr, tl.sum(tl.where(mask, ratio * ratio, 0.0).to(tl.float64), axis=0))
 
 
-@triton.jit
-def scale_at(z, setting_ptr):
-    """atol + rtol |z|, never 0."""
-    scale = tl.load(setting_ptr + ATOL).to(z.dtype) + tl.load(setting_ptr + RTOL).to(z.dtype) * tl.abs(z)
-    if scale.dtype == tl.float64:
-        scale = tl.maximum(scale, 2.2250738585072014e-308)
-    else:
-        scale = tl.maximum(scale, 1.1754943508222875e-38)
-    return scale
-
-
 @triton.jit(do_not_specialize=["blocks"])
 def measure_kernel(
     z_ptr, slope_ptr, second_ptr, setting_ptr, partials_ptr, n, blocks, DTYPE: tl.constexpr, BLOCK: tl.constexpr
@@ -348,7 +336,7 @@ def measure_kernel(
     mask = offsets < n
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
     slope = tl.load(slope_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
-    scale = scale_at(z, setting_ptr)
+    scale = positive(tl.load(setting_ptr + ATOL).to(DTYPE) + tl.load(setting_ptr + RTOL).to(DTYPE) * tl.abs(z))
     if second_ptr is None:
         store_norm(partials_ptr + block, z, scale, mask)
         store_norm(partials_ptr + blocks + block, slope, scale, mask)
@@ -364,7 +352,7 @@ def launch_measure(setting: Tensor, z: Tensor, slope: Tensor, second: Tensor | N
     n = z.numel()
     programs, block, options = launch_shape(n, z.dtype)
     partials = torch.empty((3 if second is None else 1, programs), dtype=torch.float64, device=z.device)
-    wide = WIDE.get(z.dtype, tl.float32)
+    wide = tl.float64 if z.dtype == torch.float64 else tl.float32
     start(measure_kernel, programs, z, slope, second, setting, partials, n, programs, wide, block, **options)
     return partials
 
@@ -427,7 +415,7 @@ def launch_extrapolate(decided: Tensor, setting: Tensor, z: Tensor, slope: Tenso
     """As `ops.control.extrapolate`, by the kernel."""
     n = z.numel()
     programs, block, options = launch_shape(n, z.dtype)
-    wide = WIDE.get(z.dtype, tl.float32)
+    wide = tl.float64 if z.dtype == torch.float64 else tl.float32
     start(extrapolate_kernel, programs, decided, setting, z, slope, sizes, out, n, wide, block, **options)
 
 

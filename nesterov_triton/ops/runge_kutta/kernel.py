@@ -96,16 +96,21 @@ def stored(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def scaled(error, old, new, rtol, atol):
-    """error / (atol + rtol max(|old|, |new|)); NaN where the new state is. Over an infinite one it is 0, as in plain
-    torch: the state stays infinite, and the loop sees it at the end. Tried again shorter, a state that outgrows half
-    precision would creep along its last finite value in steps that round to nothing."""
-    scale = atol + rtol * tl.maximum(tl.abs(old), tl.abs(new))
-    # Only an atol of 0 lets the scale vanish: 0 / 0 is no error.
+def positive(scale):
+    """The scale of an error, never 0: only an atol of 0 lets it vanish, and 0 / 0 is no error."""
     if scale.dtype == tl.float64:
         scale = tl.maximum(scale, 2.2250738585072014e-308)
     else:
         scale = tl.maximum(scale, 1.1754943508222875e-38)
+    return scale
+
+
+@triton.jit
+def scaled(error, old, new, rtol, atol):
+    """error / (atol + rtol max(|old|, |new|)); NaN where the new state is. Over an infinite one it is 0, as in plain
+    torch: the state stays infinite, and the loop sees it at the end. Tried again shorter, a state that outgrows half
+    precision would creep along its last finite value in steps that round to nothing."""
+    scale = positive(atol + rtol * tl.maximum(tl.abs(old), tl.abs(new)))
     return tl.where(new == new, error / scale, float("nan"))
 
 
