@@ -250,11 +250,12 @@ class NesterovNODE(MomentumLayer):
         field: f(t, h).
         form: "absorbed", the paper's, where the network stands for all that the damping leaves; or "exact", where it
             stands for -F alone and the layer solves h'' + (3/t) h' = -f(t, h).
+        damping_factor: r ≥ 0 for damping r/t in place of 3/t: k(t) = t^(-r/2) e^(t/2).
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, *, form: Form = "absorbed", **options: Any) -> None:
-        super().__init__(systems.nesterov(field, form), **options)
+    def __init__(self, field: Field, *, form: Form = "absorbed", damping_factor: float = 3.0, **options: Any) -> None:
+        super().__init__(systems.nesterov(field, form, damping_factor), **options)
 
 
 class GNesterovNODE(MomentumLayer):
@@ -265,7 +266,7 @@ class GNesterovNODE(MomentumLayer):
         field: f(t, h).
         gate: σ: a name, a gate, or an elementwise callable.
         xi: ξ, a number ≥ 0 or "learnable".
-        form: as in `NesterovNODE`.
+        form, damping_factor: as in `NesterovNODE`.
         options: see `MomentumLayer` and `Layer`.
     """
 
@@ -276,9 +277,10 @@ class GNesterovNODE(MomentumLayer):
         xi: Xi = "learnable",
         *,
         form: Form = "absorbed",
+        damping_factor: float = 3.0,
         **options: Any,
     ) -> None:
-        super().__init__(systems.gnesterov(field, gate, xi, form), **options)
+        super().__init__(systems.gnesterov(field, gate, xi, form, damping_factor), **options)
 
 
 __all__: Sequence[str] = ["ANODE", "GHBNODE", "HBNODE", "NODE", "SONODE", "GNesterovNODE", "NesterovNODE"]

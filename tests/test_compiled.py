@@ -143,17 +143,9 @@ def test_gradients_with_respect_to_times(times, gradient):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-class Slower(nt.systems.Momentum):
-    def coefficients(self, t, damping, xi):
-        c = super().coefficients(t, damping, xi)
-        return c._replace(scale=0.5 * c.scale)
-
-
-def test_a_system_with_factors_of_its_own_is_refused():
-    state = (features(3, 2), torch.zeros(3, 2, dtype=torch.float64))
-    system = Slower(Field(), nesterov=True)
-    with pytest.raises(Exception, match="factors of its own"):
-        torch.compile(lambda s: nt.solve(system, s, (1.0, 2.0)).final, fullgraph=True, backend="eager")(state)
+def test_another_damping_factor():
+    layer = nt.GNesterovNODE(Field(), damping_factor=5.0, form="exact", **TIGHT).double()
+    agree(layer)
 
 
 def test_velocities():

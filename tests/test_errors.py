@@ -277,6 +277,14 @@ def test_unknown_form(make):
 def test_forms_of_systems_that_have_none():
     with raises(ValueError, "form"):
         systems.Momentum(field(), form="exact")
+    for sign in (2.0, 0.0, math.nan):  # any other size belongs to the field
+        with pytest.raises(ValueError, match="sign must be 1 or -1"):
+            systems.Momentum(field(), sign=sign)
+    for factor in (-1.0, math.inf, True, "learnable"):
+        with pytest.raises(ValueError, match="damping_factor must be"):
+            systems.nesterov(field(), damping_factor=factor)
+    with pytest.raises(ValueError, match="damping_factor is"):
+        systems.Momentum(field(), damping_factor=5.0)
     with raises(ValueError, r"damping 'learned'.*did you mean 'learnable'"):
         systems.Momentum(field(), damping="learned")
 

@@ -30,11 +30,9 @@ from nesterov_triton.experiments.folder import Folder
 from nesterov_triton.experiments.models import (
     MODELS,
     PAPER,
-    Damped,
     Evolution,
     FirstOrderForm,
     build_layer,
-    damped_scale,
 )
 from nesterov_triton.experiments.paper import EXPERIMENTS, cifar10, mnist, point_cloud, silverbox, walker2d
 from nesterov_triton.experiments.processes import Processes
@@ -339,53 +337,6 @@ def test_walker_predictions_see_their_own_input_and_none_after(model: str) -> No
         influence = gradient[0, :, :17].abs().sum(dim=1)
         assert influence[i] > 0
         assert influence[i + 1 :].eq(0).all()
-
-
-@pytest.mark.parametrize("factor", [3.0, 5.0, 10.0])
-@pytest.mark.parametrize("gate", ["identity", "softclip:0.7"])
-def test_the_damping_factor(factor: float, gate: str) -> None:
-    """x' = σ(m), m' = -m - σ(f(t, σ(k) x)) - ξ σ(k) x with k = t^(-r/2) e^(t/2), against scipy."""
-    integrate = pytest.importorskip("scipy.integrate")
-    torch.manual_seed(0)
-    field = Field(3, 3).double()
-    sigma = nt.gates.Identity() if gate == "identity" else nt.gates.Softclip(0.7)
-    system = Damped(field, factor, gate_x=sigma, gate_f=sigma, xi=0.4)
-    layer = nt.nn.MomentumLayer(system, initial_velocity=nn.Tanh(), rtol=1e-10, atol=1e-12)
-    h, _ = state(2)
-
-    def squash(x: Tensor) -> Tensor:
-        return x if gate == "identity" else 0.7 * torch.tanh(x / 0.7)
-
-    def kappa(t: float) -> Tensor:
-        return squash(torch.tensor(t ** (-factor / 2) * math.exp(t / 2), dtype=torch.float64))
-
-    @torch.no_grad()
-    def slope(t: float, y: np.ndarray) -> np.ndarray:
-        x, m = torch.from_numpy(y).view(2, 2, 3)
-        seen = kappa(t) * x
-        force = -m - squash(field(torch.tensor(t, dtype=torch.float64), seen)) - 0.4 * seen
-        return torch.cat([squash(m).flatten(), force.flatten()]).numpy()
-
-    start = torch.cat([(h / kappa(1.0)).flatten(), h.tanh().flatten()]).numpy()
-    end = integrate.solve_ivp(slope, (1.0, 2.0), start, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
-    x, m = torch.from_numpy(end).view(2, 2, 3)
-    found, velocity = layer(h, return_velocity=True)
-    torch.testing.assert_close(found, kappa(2.0) * x, rtol=1e-8, atol=1e-8)
-    t = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    k = squash(damped_scale(t, factor))
-    (rate,) = torch.autograd.grad(k, t)
-    torch.testing.assert_close(velocity, k.detach() * squash(m) + rate * x, rtol=1e-8, atol=1e-8)
-
-
-def test_three_is_the_package_s_own() -> None:
-    field = Field(3, 3)
-    t = torch.tensor([1.0, 1.7, 2.0], dtype=torch.float64)
-    ours, own = Damped(field, 3.0, gate_x="tanh", xi=0.4), nt.systems.gnesterov(field, "tanh", 0.4)
-    for a, b in zip(ours.coefficients(t, 1.0, 0.4), own.coefficients(t, 1.0, 0.4), strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b)
-    torch.testing.assert_close(ours.scale_and_rate(t), own.scale_and_rate(t))
 
 
 @pytest.mark.parametrize("model", ["NesterovNODE-published", "GNesterovNODE-published"])

@@ -190,7 +190,7 @@ def _numbers_of(owner: Any) -> tuple[float | int | None, ...]:
     """All numbers that a solve reads of settings or of a system, or of a gradient strategy, in one order."""
     if isinstance(owner, Momentum):
         bounds = (getattr(gate, "bound", None) for gate in (owner.gate_x, owner.gate_f))
-        return (owner.sign, owner.fixed_damping, owner.fixed_xi, *bounds)
+        return (owner.sign, owner.damping_factor, owner.fixed_damping, owner.fixed_xi, *bounds)
     if isinstance(owner, gradients.Adjoint):
         return (owner.rtol, owner.atol)
     if isinstance(owner, gradients.Reversible):
@@ -237,15 +237,10 @@ def _rule(system: System) -> tuple[Rule | None, tuple[float, float]]:
     """A momentum system's rule, and γ and ξ where they are fixed."""
     if not isinstance(system, Momentum):
         return None, (0.0, 0.0)
-    if not system.follows_rule:
-        raise RuntimeError(
-            f"{type(system).__name__} has factors of its own, which torch.compile cannot trace: leave the layer "
-            "outside of the compiled region (torch.compiler.disable)"
-        )
-    sign, damping, xi, bound_x, bound_f = numbers(system)
+    sign, factor, damping, xi, bound_x, bound_f = numbers(system)
     rule = system.rule
     gate_x, gate_f = _gate(rule.gate_x, bound_x), _gate(rule.gate_f, bound_f)
-    return rule._replace(sign=sign, gate_x=gate_x, gate_f=gate_f), (damping, xi)
+    return rule._replace(sign=sign, factor=factor, gate_x=gate_x, gate_f=gate_f), (damping, xi)
 
 
 def _gate(gate: gates.Gate, bound: float) -> gates.Gate:

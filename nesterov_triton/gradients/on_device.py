@@ -190,8 +190,6 @@ def _objection(problem: Problem) -> str:
         return "graphs as they are now have not been run on a GPU yet; loop='graph' asks for one"
     if problem.z.device.type != "cpu" and not problem.path().kernels:
         return problem.path().reason
-    if isinstance(problem.system, Momentum) and not problem.system.follows_rule:
-        return f"{type(problem.system).__name__} has factors of its own"
     if type(controller) not in (Integral, PI):
         return f"controller {type(controller).__name__} may have a rule of its own"
     if tolerance is not None and any(isinstance(x, Tensor) and x.ndim for x in (tolerance.rtol, tolerance.atol)):

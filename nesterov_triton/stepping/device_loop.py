@@ -402,7 +402,8 @@ def law_of(system: System) -> Law | None:
     """What `ops.control.begin` needs of a system."""
     if not isinstance(system, Momentum):
         return None
-    return Law(system.nesterov, system.exact, system.sign, system.gate_x)
+    rule = system.rule
+    return Law(rule.nesterov, rule.exact, rule.sign, rule.gate_x, rule.factor, rule.curvature)
 
 
 def integrate(

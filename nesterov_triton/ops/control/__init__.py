@@ -85,6 +85,8 @@ class Law:
     exact: bool
     sign: float
     gate: Gate
+    factor: float = 3.0
+    curvature: float = 0.75
 
 
 def begin(

@@ -44,9 +44,9 @@ RTOL, ATOL = constants(Setting.RTOL, Setting.ATOL)
 def begin_kernel(
     decided_ptr, attempt_ptr, setting_ptr, nodes_ptr, times_ptr, coefficients_ptr, dt_ptr, stages,
     ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, EXACT: tl.constexpr, SIGN: tl.constexpr,
-    gate: tl.constexpr, BOUND: tl.constexpr, LANES: tl.constexpr,
+    gate: tl.constexpr, BOUND: tl.constexpr, FACTOR: tl.constexpr, CURVATURE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program; see `ops.control.begin`. MOMENTUM to SIGN, gate and BOUND: the law."""
+    """One program; see `ops.control.begin`. MOMENTUM to CURVATURE: the law."""
     t = tl.load(decided_ptr + T)
     planned = tl.load(decided_ptr + DT)
     status = tl.load(decided_ptr + STATUS)
@@ -94,12 +94,16 @@ def begin_kernel(
         scale = one
         if NESTEROV:
             safe = tl.where(mask, at, one)
-            scale = gate(tl.exp(0.5 * safe) / (safe * tl.sqrt(safe)), BOUND)
+            if FACTOR == 3.0:  # Nesterov's own
+                k = tl.exp(0.5 * safe) / (safe * tl.sqrt(safe))
+            else:
+                k = tl.exp(0.5 * (safe - FACTOR * tl.log(safe)))
+            scale = gate(k, BOUND)
         q = -tl.load(setting_ptr + XI) * scale
         drive = one * SIGN
         if EXACT:
             drive = drive / scale
-            q += 0.75 / (at * at) - 0.25
+            q += CURVATURE / (at * at) - 0.25
         rows = coefficients_ptr + lanes * 4
         tl.store(rows, scale, mask=mask)
         tl.store(rows + 1, drive, mask=mask)
@@ -119,14 +123,14 @@ def launch_begin(
     law: Law | None,
 ) -> None:
     """As `ops.control.begin`, by the kernel."""
-    form = kernel_form(Identity() if law is None else law.gate)
+    known = law or Law(False, False, 1.0, Identity())
+    form = kernel_form(known.gate)
     if form is None:
         raise ValueError("no Triton form of the gate")
-    nesterov, exact, sign = (False, False, 1.0) if law is None else (law.nesterov, law.exact, law.sign)
     start(
         begin_kernel, 1, decided, attempt, setting, nodes, times, coefficients, dt, len(nodes),
-        adaptive, law is not None, nesterov, exact, sign, FORMS[form[0]], form[1],
-        max(triton.next_power_of_2(len(nodes)), 2), num_warps=1,
+        adaptive, law is not None, known.nesterov, known.exact, known.sign, FORMS[form[0]], form[1],
+        known.factor, known.curvature, max(triton.next_power_of_2(len(nodes)), 2), num_warps=1,
     )  # fmt: skip
 
 

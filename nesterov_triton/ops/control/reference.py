@@ -71,11 +71,11 @@ def begin(
 
 def factors(t: Tensor, law: Law, damping: Tensor, xi: Tensor) -> Tensor:
     """Rows (κ, s, q, -γ) at the times `t`, [s] float64: [s, 4]."""
-    scale = law.gate(t**-1.5 * torch.exp(0.5 * t)) if law.nesterov else torch.ones_like(t)
+    scale = law.gate(t ** (-0.5 * law.factor) * torch.exp(0.5 * t)) if law.nesterov else torch.ones_like(t)
     drive = law.sign / scale if law.exact else torch.full_like(t, law.sign)
     q = -xi * scale
     if law.exact:
-        q = q + (0.75 / (t * t) - 0.25)
+        q = q + (law.curvature / (t * t) - 0.25)
     return torch.stack((scale, drive, q, -damping * torch.ones_like(t)), dim=1)
 
 
