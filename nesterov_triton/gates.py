@@ -195,7 +195,8 @@ class Elementwise(Gate):
         return y if out is None else out.copy_(y)
 
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or transforms.active():  # where no tensor may be marked as a leaf
+        # Where no tensor may be marked as a leaf, or, in inference mode, no mark means anything.
+        if torch.compiler.is_compiling() or transforms.active() or torch.is_inference_mode_enabled():
             return cast(Tensor, torch.func.vjp(self.function, x)[1](grad)[0])
         # Of times the result is differentiated once more, where a layer returns the velocity.
         again = torch.is_grad_enabled() and (x.requires_grad or grad.requires_grad)

@@ -1155,7 +1155,7 @@ def test_the_first_step_size(situation, state, dtype):
         (reference.propose, reference.extrapolate, reference.choose),
     ):
         own, trial = decided.clone(), torch.zeros_like(decided)
-        sizes, out = torch.zeros(2, dtype=F64, device=DEVICE), torch.empty_like(z)
+        sizes, out = torch.zeros(3, dtype=F64, device=DEVICE), torch.empty_like(z)
         propose(own, trial, setting, z, slope, sizes, True)
         extrapolate(own, setting, z, slope, sizes, out)
         choose(own, setting, z, slope, second, sizes)

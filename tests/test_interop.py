@@ -637,3 +637,15 @@ def test_a_permuted_batch_gives_permuted_answers(seed):
     f, y0, t = Field(3, 4, seed=seed), features(6, 3, seed=seed), tensor([0.0, 0.5, 1.0])
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(nt.odeint(f, y0[order], t), nt.odeint(f, y0, t)[:, order], rtol=1e-9, atol=1e-9)
+
+
+class Turn(nn.Module):
+    def forward(self, t, y):
+        return 1j * y
+
+
+def test_complex_states_without_elements():
+    y0 = torch.zeros(0, 3, dtype=torch.complex128)
+    for solver in (nt.odeint, nt.odeint_adjoint):
+        y = solver(Turn(), y0, torch.tensor([0.0, 1.0]))
+        assert (y.shape, y.dtype) == ((2, 0, 3), torch.complex128)

@@ -430,3 +430,16 @@ def test_times_that_are_parameters_are_the_layers():
     assert "t" in dict(layer.named_parameters())
     with pytest.raises(ValueError, match="t must be one tensor"):
         nt.NODE(field, t=[1.0, torch.nn.Parameter(torch.tensor(2.0))])
+
+
+@pytest.mark.parametrize("form", ["absorbed", "exact"])
+@pytest.mark.parametrize("gate", ["softclip", "hardtanh", "identity", torch.atan, torch.relu], ids=str)
+def test_inference_mode_is_no_grad(gate, form):
+    """A callable gate's derivative was zero there: in the velocity, and in the start of the exact form."""
+    layer = nt.GNesterovNODE(lambda t, h: torch.sin(h), gate=gate, xi=0.5, form=form)
+    h = features(3, 2)
+    with torch.no_grad():
+        expected = layer(h, return_velocity=True)
+    with torch.inference_mode():
+        found = layer(h, return_velocity=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -99,6 +99,7 @@ class Call:
         self.times = t.to("cpu", torch.float64) if one else check_times(self.system, t)
         self.stats = Stats()
         self.inert = False
+        self._leaves: dict[int, Tensor] | None = None  # in place of the args that need gradients
 
     def _check_momentum(self, system: Momentum, params: Sequence[Tensor] | None) -> None:
         if self.args:
@@ -224,9 +225,11 @@ class Call:
         if isinstance(gradient, Backprop):
             adapted.args = self.args
             return {}
-        leaves = {id(a): a.detach().requires_grad_() for a in self.args if isinstance(a, Tensor) and a.requires_grad}
-        adapted.args = tuple(leaves.get(id(a), a) for a in self.args)
-        return leaves
+        if self._leaves is None:  # once: a call may take several solves, and each one's backward pass meets these
+            needed = (a for a in self.args if isinstance(a, Tensor) and a.requires_grad)
+            self._leaves = {id(a): a.detach().requires_grad_() for a in needed}
+        adapted.args = tuple(self._leaves.get(id(a), a) for a in self.args)
+        return self._leaves
 
     def result(self, states: Sequence[Tensor]) -> State:
         """The states stacked over a new first axis, in the form of y0."""
@@ -239,16 +242,16 @@ class Call:
             return loop
 
         def grid(times: Sequence[float]) -> Sequence[float]:
-            return self._checked_grid(self._constructed(torch.tensor(times, dtype=torch.float64)), times).tolist()
+            made = self._constructed(constructor, torch.tensor(times, dtype=torch.float64))
+            return self._checked_grid(made, times).tolist()
 
         return replace(loop, grid=grid)
 
-    def _constructed(self, times: Tensor) -> Tensor:
+    def _constructed(self, constructor: opt.GridConstructor, times: Tensor) -> Tensor:
         """The user's grid for times, [n] float64 on the CPU: float64 on the CPU too, with its graph."""
-        assert self.method.grid_constructor is not None
         like = self.given_t if isinstance(self.given_t, Tensor) else times
         with torch.no_grad() if self.adapted is None else torch.enable_grad():
-            grid = self.method.grid_constructor(self.func, self.y0, times.to(like))
+            grid = constructor(self.func, self.y0, times.to(like))
         if not isinstance(grid, Tensor) or grid.ndim != 1 or not grid.is_floating_point():
             raise TypeError("options['grid_constructor'] must return a 1-D floating-point tensor of times")
         return grid.to("cpu", torch.float64)
@@ -269,7 +272,7 @@ class Call:
         method, times = self.method, self.times
         loop, requested = method.loop, self.times.tolist()
         if method.grid_constructor is not None:
-            grid = self._checked_grid(self._constructed(times), requested)
+            grid = self._checked_grid(self._constructed(method.grid_constructor, times), requested)
             points = grid.tolist()
             points[0], points[-1] = requested[0], requested[-1]
             loop = replace(loop, grid=lambda _: points)

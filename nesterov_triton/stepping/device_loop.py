@@ -149,7 +149,7 @@ class DeviceLoop:
         self.requested = requested if inside else None
         self.attempted = torch.zeros(SLOTS, **wide)
         self._trial = torch.zeros(SLOTS, **wide)
-        self._sizes = torch.zeros(2, **wide)
+        self._sizes = torch.zeros(3, **wide)
         stepper.rtol, stepper.atol = self.setting[Setting.RTOL], self.setting[Setting.ATOL]
 
         self.z = torch.zeros_like(like)

@@ -383,7 +383,8 @@ def propose_kernel(
         span = tl.abs(goal - t)
         h0 = tl.minimum(guess, span)
         tl.store(sizes_ptr, h0)
-        tl.store(sizes_ptr + 1, d1)
+        tl.store(sizes_ptr + 1, guess)
+        tl.store(sizes_ptr + 2, d1)
         at = tl.where(h0 < span, tl.where(goal < t, t - h0, t + h0), goal)
         slots = tl.arange(0, SLOTS).to(tl.int64)
         after = tl.load(decided_ptr + slots)
@@ -426,15 +427,15 @@ def launch_extrapolate(decided: Tensor, setting: Tensor, z: Tensor, slope: Tenso
 @triton.jit(do_not_specialize=["blocks", "count"])
 def choose_kernel(partials_ptr, decided_ptr, setting_ptr, sizes_ptr, blocks, count, CHUNK: tl.constexpr):
     """One program; see `ops.control.choose`."""
-    h0, d1 = tl.load(sizes_ptr), tl.load(sizes_ptr + 1)
+    h0, guess, d1 = tl.load(sizes_ptr), tl.load(sizes_ptr + 1), tl.load(sizes_ptr + 2)
     d2 = tl.sqrt(total(partials_ptr, blocks, CHUNK) / count.to(tl.float64)) / h0
     distance = tl.load(setting_ptr + END) - tl.load(decided_ptr + T)
     steepest = tl.where(d2 > d1, d2, d1)
     flat = steepest <= 1e-15
     least = tl.where(h0 * 1e-3 > 1e-6, h0 * 1e-3, 1e-6)
     power = tl.exp(tl.load(setting_ptr + PLAIN) * tl.log(0.01 / tl.where(flat, 1.0, steepest)))
-    chosen = tl.minimum(tl.minimum(100 * h0, tl.where(flat, least, power)), tl.abs(distance))
-    chosen = tl.where(tl.abs(d2) < float("inf"), chosen, h0)
+    known = (d1 < float("inf")) & (d2 < float("inf"))
+    chosen = tl.where(known, tl.minimum(100 * guess, tl.where(flat, least, power)), h0)
     tl.store(decided_ptr + DT, tl.where(distance < 0, -chosen, chosen))
 
 
