@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,14 @@ def _vjp(u: Tensor, inputs: tuple[Tensor, ...], g: Tensor, retain: bool) -> Sequ
     return found
 
 
+class Seen(NamedTuple):
+    """What a field was given once, copied, and what it gave."""
+
+    t: float
+    features: tuple[Tensor, ...]
+    u: Tensor
+
+
 class Network:
     """A field, bound to the shape, dtype and device that its output must have.
 
@@ -61,9 +69,12 @@ class Network:
         watch: keep the graph of the first evaluation whatever the grad mode.
         on_output: is shown the outputs that have a graph.
         retain: for `Evaluation`s.
+        remember: keep the first evaluation. Of one on a GPU nothing is kept: to compare would be to wait for it.
 
     Attributes:
         evaluations: calls so far.
+        first: with `remember` the first of them, on a CPU.
+        expected: what `taped` is to give where it is given the same, if that is known: the field may have changed.
     """
 
     def __init__(
@@ -76,10 +87,14 @@ class Network:
         watch: bool = False,
         on_output: Callable[[Tensor], object] | None = None,
         retain: bool = False,
+        remember: bool = False,
     ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self._retain = retain
         self.evaluations = 0
+        self.first: Seen | None = None
+        self.expected: Seen | None = None
+        self._remember = remember and device.type == "cpu"
         self._field, self._autocast, self._watch, self._on_output = field, autocast, watch, on_output
 
     def __call__(self, t: Tensor, *features: Tensor) -> Tensor:
@@ -111,7 +126,29 @@ class Network:
         leaves = tuple(f.detach().requires_grad_() for f in features)
         time = t.detach().requires_grad_() if time_grads else None
         with torch.enable_grad():
-            return Evaluation(leaves, time, self(t if time is None else time, *leaves), self._retain)
+            u = self(t if time is None else time, *leaves)
+        if self.expected is not None:
+            self._compare(self.expected, t, leaves, u)
+        return Evaluation(leaves, time, u, self._retain)
+
+    def _compare(self, expected: Seen, t: Tensor, features: Sequence[Tensor], u: Tensor) -> None:
+        """Raise where the field is given what it was given once, and gives something else.
+
+        Raises:
+            RuntimeError: and says what to do.
+        """
+        if float(t) != expected.t or not all(map(torch.equal, features, expected.features)):
+            return
+        if torch.equal(u, expected.u):
+            return
+        size, off = expected.u.abs().amax(), (u.detach() - expected.u).abs().amax()
+        if not bool(off <= torch.finfo(u.dtype).eps ** 0.5 * size):
+            raise RuntimeError(
+                f"the field {self._name()} gives another output in the backward pass than it gave in the forward pass "
+                "for the same input: something that it uses has changed since (an attribute, a buffer, its mode), or "
+                "it draws random numbers. Keep it as it was until the backward pass, hand what changes in as params "
+                "or args, or use gradient='backprop' or nt.gradients.Discrete(recompute=False)"
+            )
 
     def _first(self, t: Tensor, *features: Tensor) -> Tensor:
         """The first evaluation, looked at for what would be wrong every time."""
@@ -123,6 +160,8 @@ class Network:
                 f"field {self._name()} changes its input in place, and that is the solver's state; "
                 "use inplace=False, or clone the input first"
             )
+        if self._remember and isinstance(u, Tensor):
+            self.first = Seen(float(t), tuple(f.detach().clone() for f in features), u.detach().clone())
         return u
 
     def _checked(self, u: Any) -> Tensor:

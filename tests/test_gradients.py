@@ -1,5 +1,7 @@
 """Gradients: against finite differences, against each other, and where there can be none, an error."""
 
+import copy
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -656,3 +658,62 @@ def test_the_adjoint_sums_the_same_parameters_for_every_method(method, quadratur
         gradients(nt.gradients.Adjoint(quadratures_in_norm=quadratures_in_norm)), gradients("discrete"), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+class Conditioned(nn.Module):
+    """f(t, h) with a context that its user sets."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+        self.register_buffer("shift", torch.ones(2, dtype=torch.float64))
+        self.dropout = nn.Dropout(0.5)
+        self.context, self.factor = torch.ones(3, 1, dtype=torch.float64), 1.0
+
+    def forward(self, t, h):
+        u = torch.tanh(self.linear(torch.cat((h, self.context), dim=1)) + self.shift)
+        return self.factor * (self.dropout(u) if self.factor == 2 else u)
+
+
+CHANGES = {
+    "another context": lambda f: setattr(f, "context", 2 * f.context),
+    "a context written to": lambda f: f.context.mul_(2),
+    "a buffer written to": lambda f: f.shift.add_(1),
+    "a number": lambda f: setattr(f, "factor", 1.5),
+    "random numbers": lambda f: setattr(f, "factor", 2.0),
+}
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "nystrom4"])
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_a_field_that_has_changed_since_the_forward_pass_is_an_error(change, method):
+    """Gradients were those of another function, silently."""
+    options = {"step_size": 0.5} if method == "rk4" else {}
+    layer = nt.GNesterovNODE(Conditioned(), method=method, **options)
+    if change == "random numbers":
+        layer.field.factor = 2.0
+    y = layer(features(3, 2))
+    CHANGES[change](layer.field)
+    with pytest.raises(RuntimeError, match="another output in the backward pass than it gave"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", ["backprop", nt.gradients.Discrete(recompute=False)], ids=str)
+def test_a_field_may_change_where_it_is_not_called_again(gradient):
+    """A layer called in turn on several contexts, and one backward pass through all of it."""
+    found = []
+    for strategy in (gradient, "discrete"):
+        torch.manual_seed(0)
+        h, layers = features(3, 2), []
+        field = Conditioned()
+        for k in range(3):
+            if strategy == "discrete":  # the same by a field for each context
+                layers.append(field if k == 0 else copy.deepcopy(layers[0]))
+                layers[k].linear = layers[0].linear
+            else:
+                layers.append(field)
+            layers[k].context = k * torch.ones(3, 1, dtype=torch.float64)
+            h = nt.GNesterovNODE(layers[k], xi=0.5, gradient=strategy)(h)
+        h.square().sum().backward()
+        found.append(field.linear.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)

@@ -436,3 +436,36 @@ def test_grids_of_the_adjoint_s_own():
         assert abs(float(y0.grad) - math.exp(-1)) < 1e-4
     assert counts == [40, 40]  # ten steps of four evaluations
     assert calls["backward"] == 2
+
+
+class Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(2, 2, dtype=torch.float64), nn.Dropout(0.5)
+
+    def forward(self, t, y):
+        return torch.tanh(self.dropout(self.linear(y)))
+
+
+class Normed(nn.Module):
+    """Spectral norm changes its buffers at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2, dtype=torch.float64))
+
+    def forward(self, t, y):
+        return torch.tanh(self.linear(y))
+
+
+@pytest.mark.parametrize("kind", [Drops, Normed])
+def test_functions_that_are_another_at_every_call_are_differentiated_as_they_were_called(kind):
+    y0, t = features(3, 2), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = []
+    for solver in (nt.odeint, torchdiffeq.odeint):
+        torch.manual_seed(0)
+        func = kind()
+        y = solver(func, y0, t, method="rk4", options={"step_size": 0.25})
+        y[-1].square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in func.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

@@ -62,9 +62,11 @@ class Problem:
     inside: bool = False
     stand_ins: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def flow(self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None) -> Flow:
-        """The system bound to this solve; `watch` and `on_output` as for `Network`."""
-        return Flow(self.system, self._network(watch, on_output), self.scalars, self.params)
+    def flow(
+        self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None, remember: bool = False
+    ) -> Flow:
+        """The system bound to this solve; the options as for `Network`."""
+        return Flow(self.system, self._network(watch, on_output, remember=remember), self.scalars, self.params)
 
     def flow_back(self, *, time_grads: bool, coefficient_grads: bool, aliased: bool = False) -> Flow:
         """The same for a backward pass: on leaves in place of the scalars, with the cotangents that are wanted.
@@ -87,9 +89,10 @@ class Problem:
         on_output: Callable[[Tensor], object] | None = None,
         field: Field | None = None,
         retain: bool = False,
+        remember: bool = False,
     ) -> Network:
         z, field = self.z, self.system.field if field is None else field
-        return Network(field, self.shape, z.dtype, z.device, self.autocast, watch, on_output, retain)
+        return Network(field, self.shape, z.dtype, z.device, self.autocast, watch, on_output, retain, remember)
 
     def path(self) -> Path:
         """What does the elementwise work of this solve, unless autograd is to see all of it."""

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from nesterov_triton import transforms
 from nesterov_triton.gradients import Adjoint, Backprop, Discrete, Gradient, GradientLike
@@ -127,12 +128,15 @@ class Call:
             return Discrete()
         z = self.state
         version = None if z.is_inference() else z._version
+        kept = [(b, b._version) for b in self._buffers()]
         u = adapted(self.times[0].to(z.device, self.layout.real), z)
         if version is not None and version != z._version:
             raise RuntimeError(
                 f"func {name_of(self.func)} changes its input in place, and that is y0; use inplace=False, or clone it"
             )
         adapted.known = u
+        if any(b._version != before for b, before in kept) or _draws(self.func):
+            return Backprop()  # another function every time that it is called
         if not u.requires_grad:
             known = (z, self.times, *parameters(self.system.field), *self.params)
             self.inert = not any(x.requires_grad for x in known)
@@ -141,6 +145,10 @@ class Call:
         seen = (z, *parts, self.times, *parameters(self.system.field), *self.params)
         # What a closure holds is for autograd alone to see.
         return Backprop() if unseen_leaves(u, seen) else Discrete()
+
+    def _buffers(self) -> list[Tensor]:
+        """The function's own, of those that keep count of their changes."""
+        return [b for b in self.func.buffers() if not b.is_inference()] if isinstance(self.func, nn.Module) else []
 
     def _adjoint(self, backward: Backward) -> Adjoint:
         method = self.name if backward.method is None else opt.check_method(backward.method, "adjoint_")
@@ -356,3 +364,10 @@ class Call:
         settings = self.settings(Backprop(), self.method.loop)
         flow = bind(self.system, self._state(z), self.h, self.times, settings, self.params, self.stats).flow()
         return torch.cat(tuple(flow.derivative(flow.at(time.reshape(1)), 0, flow.open(z))))
+
+
+def _draws(func: object) -> bool:
+    """Whether a module has dropout at work in it."""
+    if not isinstance(func, nn.Module):
+        return False
+    return any(isinstance(m, _DropoutNd) and m.training and m.p for m in func.modules())
