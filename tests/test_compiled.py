@@ -67,7 +67,7 @@ def test_every_layer(model, gradient):
     assert int(fast.nfe_forward) == stats.nfe_forward
     if gradient == "discrete":
         assert int(fast.nfe_backward) == stats.nfe_backward
-    assert fast.path == "compiled"
+    assert (fast.path, fast.loop) == ("compiled", "compiled")
 
 
 @pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
@@ -312,9 +312,9 @@ def test_a_field_that_does_not_fit_the_state_is_refused(field, grads):
         compiled(nt.NODE(field))(features(3, 2))
 
 
-@pytest.mark.skipif(BEFORE_2_13, reason="a loop there may change no buffer")
-def test_a_trial_of_the_field_leaves_no_trace():
-    """Buffers that count calls are as if nothing had been tried."""
+@pytest.mark.parametrize("grads", [True, False])
+def test_a_field_that_changes_its_buffers_is_refused(grads):
+    """A loop has them changed once, or not at all, where the eager solver has them changed at every evaluation."""
 
     class Normed(torch.nn.Module):
         def __init__(self):
@@ -325,12 +325,39 @@ def test_a_trial_of_the_field_leaves_no_trace():
             return self.norm(h)
 
     field = Normed()
-    layer = nt.NODE(field, method="euler", step_size=0.5)
-    plain = nt.NODE(Normed(), method="euler", step_size=0.5)
+    layer, h = nt.NODE(field), features(3, 2)
+    with pytest.raises(Exception, match=r"changes its buffers \(norm\."), torch.set_grad_enabled(grads):
+        compiled(layer)(h)
+    assert field.norm.num_batches_tracked == 0
+    field.eval()
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled(layer)(h), layer(h), rtol=1e-12, atol=1e-12)
+
+
+class Conditioned(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.context = torch.nn.Linear(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+
+    def forward(self, t, h):
+        return torch.tanh(self.linear(torch.cat((h, self.context), dim=1)))
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_a_context_set_in_the_compiled_function_is_refused_where_it_would_get_no_gradient(gradient):
+    """Its gradient was zero, silently: what is looked at in Python still had the context of before."""
+    layer, encoder = nt.NODE(Conditioned(), gradient=gradient), torch.nn.Linear(2, 1, dtype=torch.float64)
+
+    def call(h):
+        layer.field.context = encoder(h)
+        return layer(h)
+
+    h = features(3, 2)
+    with pytest.raises(Exception, match=r"Conditioned.context needs a gradient and is no parameter"):
+        compiled(call)(h)
+    torch._dynamo.reset()
     with torch.no_grad():
-        compiled(layer)(features(3, 2))
-        plain(features(3, 2))
-    torch.testing.assert_close(field.norm.running_mean, plain.field.norm.running_mean)
+        torch.testing.assert_close(compiled(call)(h), call(h), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +365,7 @@ def test_a_trial_of_the_field_leaves_no_trace():
     [
         ({"gradient": "backprop"}, "cannot be traced by torch.compile"),
         ({"gradient": nt.gradients.Adjoint(method="rk4"), "step_size": 0.1, "method": "euler"}, "cannot be traced"),
+        ({"gradient": nt.gradients.Adjoint(measure=lambda *_: 0.5)}, r"Adjoint\(measure=\) cannot be traced"),
     ],
 )
 def test_what_cannot_be_traced_says_what_to_do(options, message):
@@ -379,12 +407,12 @@ def test_a_system_made_under_the_tracer_is_refused():
 def test_an_exported_layer_runs_again_at_another_batch_size(model, options):
     layer = MODELS[model].layer(**options)
     batch = torch.export.Dim("batch", min=1, max=64)
-    with torch.no_grad():
-        program = torch.export.export(layer, (features(3, 2),), dynamic_shapes=({0: batch},))
-        file = io.BytesIO()
-        torch.export.save(program, file)
-        file.seek(0)
-        run = torch.export.load(file).module()
-        for n in (3, 7):
-            h = features(n, 2)
-            torch.testing.assert_close(run(h), layer(h), rtol=1e-10, atol=1e-10)
+    # Where gradients are on, too: what is exported is for inference all the same.
+    program = torch.export.export(layer, (features(3, 2),), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    run = torch.export.load(file).module()
+    for n in (3, 7):
+        h = features(n, 2)
+        torch.testing.assert_close(run(h), layer(h), rtol=1e-10, atol=1e-10)

@@ -87,7 +87,11 @@ def run(
     plan = Plan(settings.tableau, rtol, atol, options)
     bound = Bound(system, *_rule(system), tuple(scalars), tuple(trained), autocast)
     setting = Setting(bound, plan, _backward_plan(plan, gradient), len(rows), times.requires_grad)
+    if exporting():  # for inference: what keeps states for a backward pass cannot be stored
+        rows, tensors, times = [x.detach() for x in rows], [x.detach() for x in tensors], times.detach()
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, times, *tensors))
+    if wanted and isinstance(field, nn.Module):
+        _refuse_attributes(field)
     strategy = type(gradient)
     momentum, named = isinstance(system, Momentum), isinstance(field, nn.Module)
     try_field(
@@ -112,6 +116,21 @@ def run(
                 "or leave the layer outside of the compiled region (torch.compiler.disable)"
             )
     return _solution(setting, times, rows, found, strategy)
+
+
+def _refuse_attributes(field: nn.Module) -> None:
+    """Raise where a module holds a tensor that needs a gradient and is no parameter, such as a context set just before:
+    a loop would give it none. Traced, so that it sees what has been set in the compiled function."""
+    for module in field.modules():
+        if module._forward_pre_hooks:  # which may make such a tensor anew in every call, as weight_norm does
+            continue
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{type(module).__name__}.{name} needs a gradient and is no parameter of the field: it would get "
+                    "none under torch.compile; leave the layer outside of the compiled region "
+                    "(torch.compiler.disable), with gradient='backprop'"
+                )
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -142,7 +161,8 @@ def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> b
 
     Raises:
         ValueError: naming the shapes and dtypes that do not agree.
-        RuntimeError: naming the shapes of the tensors that would get no gradient; or both are made under the tracer.
+        RuntimeError: naming the shapes of the tensors that would get no gradient, or the buffers that the field
+            changes; or system and field are made under the tracer.
     """
     momentum: Momentum | None = _known_by(system) if system else None
     field = _known_by(field) if isinstance(field, int) else field
@@ -158,7 +178,14 @@ def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> b
         if isinstance(field, nn.Module):
             # Buffers as copies: a trial must not count in anybody's running mean.
             copies = {name: b.clone() for name, b in field.named_buffers()}
+            before = {name: b._version for name, b in copies.items()}
             u = functional_call(field, copies, (t, *features))
+            changed = [name for name, b in copies.items() if b._version != before[name]]
+            if changed:
+                raise RuntimeError(
+                    f"the field changes its buffers ({', '.join(changed)}), which a loop under torch.compile cannot: "
+                    "put it into eval(), or leave the layer outside of the compiled region (torch.compiler.disable)"
+                )
             seen = [*features, *field.parameters()]
         else:
             u, seen = field(t, *features), features
@@ -251,8 +278,9 @@ def _backward_plan(plan: Plan, gradient: Any) -> Plan:
     """Of the adjoint's backward solve."""
     if type(gradient) is not gradients.Adjoint:
         return plan
-    if gradient.method is not None or gradient.quadratures_in_norm:
-        raise RuntimeError("Adjoint(method=) and Adjoint(quadratures_in_norm=) cannot be traced by torch.compile")
+    for name in ("method", "quadratures_in_norm", "options", "measure"):
+        if getattr(gradient, name) not in (None, False):
+            raise RuntimeError(f"Adjoint({name}=) cannot be traced by torch.compile")
     own = numbers(gradient)
     rtol, atol = plan.rtol if own[0] is None else own[0], plan.atol if own[1] is None else own[1]
     options = plan.options
@@ -291,6 +319,8 @@ def _solution(
         method=tableau.name,
         path="compiled",
         path_backward="compiled",
+        loop="compiled",
+        loop_backward="compiled",
     )
     one = n == 1
     return CompiledSolution(
