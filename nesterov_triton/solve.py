@@ -291,7 +291,8 @@ def bind(
     """What every gradient strategy is handed; arguments as for `run`.
 
     Raises:
-        TypeError, ValueError: `params` is no sequence of tensors, or a tolerance does not fit the state.
+        TypeError, ValueError: `params` is no sequence of tensors, a tolerance does not fit the state, or a time its
+            dtype.
     """
     if isinstance(cast(object, params), Tensor):
         raise TypeError("params must be a sequence of tensors, got one tensor; pass params=[tensor]")
@@ -300,6 +301,7 @@ def bind(
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1).contiguous()
+    system.check_range(times.tolist(), h.dtype)
     own = parameters(system.field)
     kind = h.device.type
     return Problem(

@@ -117,6 +117,9 @@ class System(nn.Module):
     def check_times(self, times: list[float]) -> None:
         """Raise ValueError where the system is not defined at some of `times`."""
 
+    def check_range(self, times: list[float], dtype: torch.dtype) -> None:
+        """Raise ValueError where what the system needs of `times` does not fit into the state's dtype."""
+
     def scalars(self) -> dict[str, Tensor]:
         """The learnable scalars of the right-hand side itself (γ, ξ), 0-d, differentiable."""
         return {}
@@ -224,6 +227,19 @@ class Momentum(System):
                 f"t must lie between {_EARLIEST:g} and {_LATEST:g} for a Nesterov system, whose k(t) overflows; "
                 f"got {times}"
             )
+
+    def check_range(self, times: list[float], dtype: torch.dtype) -> None:
+        if not self.nesterov:
+            return
+        least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+        for t in (min(times), max(times)):  # k has its largest values at an end
+            scale, drive, q = self.rule.of_time(t)
+            # x = h / κ has to fit, too.
+            if not least <= scale <= min(most, 1 / least) or max(abs(drive or 0.0), abs(q or 0.0)) > most:
+                raise ValueError(
+                    f"t={t:g} is out of {dtype}'s range for this system, whose κ(t) is {scale:.3g} there; take times "
+                    "nearer to 1, or float64"
+                )
 
     def scale(self, t: Tensor) -> Tensor:
         """κ(t), shape of `t`; differentiable."""

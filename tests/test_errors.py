@@ -274,6 +274,16 @@ def test_unknown_form(make):
         make(field(), form="exakt")
 
 
+@pytest.mark.parametrize("t", [(1.0, 200.0), (1e-30, 1.0), (250.0, 1.0)])
+def test_times_beyond_the_range_of_the_state_s_dtype(t):
+    """They ended as NON_FINITE, which blamed the field."""
+    layer = nt.NesterovNODE(lambda t, h: -h, t=t, rtol=1e-2, atol=1e-2)
+    with raises(ValueError, "is out of torch.float32's range"):
+        layer(torch.ones(2, 3))
+    layer = nt.GNesterovNODE(lambda t, h: -h, t=(150.0, 151.0))  # whose κ is bounded
+    assert layer(torch.ones(2, 3)).isfinite().all()
+
+
 def test_forms_of_systems_that_have_none():
     with raises(ValueError, "form"):
         systems.Momentum(field(), form="exact")
