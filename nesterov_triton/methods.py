@@ -51,3 +51,8 @@ def choose(system: System, rtol: Tensor | float, atol: Tensor | float, reversibl
 
 def _smallest(tolerance: Tensor | float) -> float:
     return float(tolerance.min()) if isinstance(tolerance, Tensor) else tolerance
+
+
+def controller_of(method: Method) -> str:
+    """The name of the controller that an adaptive solve by this method has unless it is told otherwise."""
+    return method.controller if isinstance(method, Nystrom) else "integral"

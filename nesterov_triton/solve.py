@@ -440,8 +440,7 @@ def _controlled(settings: Settings) -> bool:
 
 
 def _controller(given: controllers.ControllerLike | None, method: Method) -> controllers.Integral:
-    own = "integral" if not isinstance(method, Nystrom) else method.controller
-    return controllers.get(own if given is None else given)
+    return controllers.get(methods.controller_of(method) if given is None else given)
 
 
 def _tolerance(name: str, value: object) -> Tensor | float:

@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import nesterov_triton as nt
+from nesterov_triton.solve import Settings, bind
 
 TIMES = torch.tensor([1.0, 1.25, 1.62, 2.0], dtype=torch.float64)  # two interior times, in different steps
 EXACT = ["discrete", "backprop"]
@@ -717,3 +718,17 @@ def test_a_field_may_change_where_it_is_not_called_again(gradient):
         h.square().sum().backward()
         found.append(field.linear.weight.grad)
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_the_adjoint_s_method_brings_its_own_controller():
+    """As every method does, unless a controller was asked for."""
+    system, state = nt.systems.nesterov(torch.sin), (features(3, 2), features(3, 2))
+    times = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    found = []
+    for controller in (None, nt.controllers.Integral(safety=0.5)):
+        settings = Settings.make(method="dopri5", controller=controller)
+        problem = bind(system, state, state[0], times, settings, (), nt.Stats())
+        found.append(nt.gradients.Adjoint(method="nystrom4").backward_problem(problem).options.controller)
+    own = nt.controllers.get(nt.methods.controller_of(nt.methods.get("nystrom4")))
+    assert found[0] == own != nt.controllers.Integral()
+    assert found[1] == nt.controllers.Integral(safety=0.5)
