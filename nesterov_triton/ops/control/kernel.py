@@ -202,12 +202,15 @@ def end_kernel(
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
         infinite = tl.zeros([BLOCK], tl.int32)
+        if tape_ptr is not None:
+            for j in tl.static_range(STATES):
+                place = tape_ptr + (taped.to(tl.int64) * STATES + j) * n
+                tl.store(place + offsets, tl.load(kept[j] + offsets, mask=mask), mask=mask)
+            # What one thread reads here another one may write over below: loads and stores need not be laid out alike.
+            tl.debug_barrier()
         for j in tl.static_range(len(kept)):
             value = tl.load(new[j] + offsets, mask=mask, other=0.0)
             if j < STATES:
-                if tape_ptr is not None:
-                    place = tape_ptr + (taped.to(tl.int64) * STATES + j) * n
-                    tl.store(place + offsets, tl.load(kept[j] + offsets, mask=mask), mask=mask)
                 # Widened: the interpreter's arithmetic on bfloat16 is garbage.
                 wide = value if value.dtype == tl.float64 else value.to(tl.float32)
                 infinite += (wide - wide != 0).to(tl.int32)
