@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gates, systems
+from nesterov_triton._fields import check_instance
 from nesterov_triton._names import unknown
+from nesterov_triton._numbers import is_integer
 from nesterov_triton.solve import Options, Settings, Solution, State, Times, check_tensor, check_times, run
 from nesterov_triton.status import Stats
 from nesterov_triton.systems import Field, Form, Momentum, System, Xi
@@ -138,10 +140,12 @@ class ANODE(NODE):
     """
 
     def __init__(self, field: Field, augment: int, *, dim: int = 1, **options: Any) -> None:
-        if isinstance(augment, bool) or not isinstance(augment, int) or augment < 1:
+        if not is_integer(augment) or augment < 1:
             raise ValueError(f"augment must be an integer of at least 1, got {augment!r}; for none use NODE")
+        if not is_integer(dim):
+            raise TypeError(f"dim must be the number of a dimension, got {dim!r}")
         super().__init__(field, **options)
-        self.augment, self.dim = augment, dim
+        self.augment, self.dim = int(augment), int(dim)
 
     def forward(self, h: Tensor, t: Times | None = None) -> Tensor:
         """All of h(T): shape of `h` with `augment` more channels; see `NODE.forward`."""
@@ -170,6 +174,7 @@ class MomentumLayer(Layer):
 
     def __init__(self, system: Momentum, *, initial_velocity: nn.Module | None = None, **options: Any) -> None:
         super().__init__(system, **options)
+        check_instance("initial_velocity", initial_velocity)
         if initial_velocity is not None and not callable(initial_velocity):
             raise TypeError(f"initial_velocity must be a module h -> velocity, got {type(initial_velocity).__name__}")
         self.initial_velocity = initial_velocity

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict, cast, get_args
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gradients, methods, transforms
+from nesterov_triton._fields import check_materialised
 from nesterov_triton._names import lookup
+from nesterov_triton._numbers import is_number, is_whole, plain
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.leaves import check_transforms, refuse_gradients
 from nesterov_triton.gradients.problem import Problem, parameters, trainable
@@ -132,10 +133,13 @@ class Settings:
         elif first_step is not None:
             raise ValueError(f"first_step belongs to adaptive methods and {method!r} takes fixed steps; use step_size")
         for name, value in (("step_size", step_size), ("first_step", first_step)):
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            if value is not None and not (is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if not _is_number(max_steps) or max_steps != int(max_steps) or max_steps < 1:
-            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
+        if not is_whole(max_steps) or max_steps < 1:
+            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}; for no limit say 2**31")
+        step_size = None if step_size is None else plain(step_size)
+        first_step = None if first_step is None else plain(first_step)
+        max_steps = max_steps if type(max_steps) is int else int(max_steps)
         rtol, atol = _tolerance("rtol", rtol), _tolerance("atol", atol)
         if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol == atol == 0:
             raise ValueError("rtol and atol are both 0; give at least one of them a positive value")
@@ -301,6 +305,8 @@ def bind(
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1).contiguous()
     own = parameters(system.field)
+    if torch.is_grad_enabled():  # without, this may be the dry run that makes them
+        check_materialised(system.field, own)
     kind = h.device.type
     return Problem(
         system=system,
@@ -449,10 +455,6 @@ def _tolerance(name: str, value: object) -> Tensor | float:
         if not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ValueError(f"{name} must be positive and finite everywhere")
         return value
-    if not _is_number(value) or not 0 <= value < math.inf:  # type: ignore[operator]
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number ≥ 0 or a tensor of numbers > 0, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value)

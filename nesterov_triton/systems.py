@@ -32,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gates, transforms
+from nesterov_triton._fields import check_field, check_instance
 from nesterov_triton._names import lookup
+from nesterov_triton._numbers import is_number
 
 Field: TypeAlias = Callable[..., Tensor]
 Form: TypeAlias = Literal["absorbed", "exact"]
@@ -100,10 +102,9 @@ class System(nn.Module):
     sees_momentum: bool = False
     field: Field
 
-    def __init__(self, field: Field) -> None:
+    def __init__(self, field: Field, arguments: str = "t, h") -> None:
         super().__init__()
-        if not callable(field):
-            raise TypeError(f"field must be a module or function (t, h) -> dh, got {type(field).__name__}")
+        check_field(field, arguments)
         # Without the cast the type checker would take nn.Module.__setattr__'s narrower signature.
         self.field = cast(Any, field)
 
@@ -123,6 +124,7 @@ def as_system(system: object) -> System:
     """The system itself, or a plain callable f(t, y) as a first-order system."""
     if isinstance(system, System):
         return system
+    check_instance("system", system)
     if callable(system):
         return FirstOrder(system)
     raise TypeError(f"system must be a nesterov_triton system or a callable f(t, y), got {type(system).__name__}")
@@ -162,7 +164,7 @@ class Momentum(System):
         form: Form = "absorbed",
         sees_momentum: bool = False,
     ) -> None:
-        super().__init__(field)
+        super().__init__(field, "t, h, m" if sees_momentum else "t, h")
         self.nesterov = nesterov
         self.sign = float(sign)
         self.gate_x = gates.get(gate_x)
@@ -329,7 +331,7 @@ def gnesterov(
 def _number(name: str, value: object) -> float:
     if isinstance(value, str):
         lookup(name, value, {"learnable": None})
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be a finite number ≥ 0 or 'learnable', got {value!r}")
     return float(value)
 

@@ -198,6 +198,9 @@ BAD_OPTIONS = [
     ({"max_steps": -5}, "max_steps"),
     ({"max_steps": 1.5}, "max_steps"),
     ({"max_steps": True}, "max_steps"),
+    ({"max_steps": math.inf}, r"max_steps must be an integer.*2\*\*31"),
+    ({"max_steps": math.nan}, "max_steps must be an integer"),
+    ({"max_steps": "10"}, "max_steps must be an integer"),
 ]
 
 
@@ -393,6 +396,49 @@ def test_bad_adjoint_options():
             nt.gradients.Adjoint(**options)
     with raises(ValueError, r"dopri7.*did you mean"):
         nt.gradients.Adjoint(method="dopri7")
+
+
+@pytest.mark.parametrize("value", ["x", True, [1e-3], 1j, torch.tensor(1e-3)], ids=str)
+def test_numbers_that_are_none(value):
+    for name in ("rtol", "atol"):
+        with raises(TypeError, rf"Adjoint {name} must be a positive number"):
+            nt.gradients.Adjoint(**{name: value})
+    for gate in (nt.gates.Softclip, nt.gates.Hardtanh):
+        with raises(TypeError, "gate bound must be a positive finite number, got"):
+            gate(value)
+    for name in ("every", "bound"):
+        with raises(ValueError, f"Reversible {name} must be"):
+            nt.gradients.Reversible(**{name: value})
+    with raises(TypeError, "controller alpha must be a number"):
+        nt.controllers.PI(alpha=value)
+    with raises(TypeError, "dim must be"):
+        nt.ANODE(field(), 1, dim=value)
+
+
+def test_a_bound_that_is_to_be_learned():
+    with raises(TypeError, r"gate bound .*got Parameter; a gate has no parameters.*number"):
+        nt.gates.Softclip(bound=nn.Parameter(torch.tensor(5.0)))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, lambda x: np.float16(x)])
+def test_numbers_of_numpy(number):
+    """As Python's own: they would turn up as numpy's arrays, or as other types for a compiler to guard."""
+    integer = np.int64 if number is not np.int64 else number
+    gradient = nt.gradients.Adjoint(rtol=number(1), atol=number(1))
+    layer = nt.GNesterovNODE(
+        lambda t, h: -h, nt.gates.Softclip(number(5)), number(1), rtol=number(1), atol=number(1), gradient=gradient,
+        first_step=number(1), max_steps=integer(100), controller=nt.controllers.PI(alpha=number(1), beta=number(0)),
+        t=(number(1), number(2)),
+    )  # fmt: skip
+    assert torch.is_tensor(layer(features(2, 2)))
+    s, c = layer.settings, layer.settings.options.controller
+    found = [s.rtol, s.options.first_step, s.options.max_steps, c.alpha, c.beta, layer.system.fixed_xi,
+             layer.system.gate_x.bound, gradient.rtol, *layer.t]  # fmt: skip
+    assert {type(x) for x in found} <= {int, float}
+    assert nt.ANODE(lambda t, h: -h, integer(2), dim=integer(1))(features(2, 2)).shape == (2, 4)
+    assert type(nt.gradients.Reversible(integer(9)).every) is int
+    steps = nt.solve(lambda t, h: -h, features(2, 2), (0.0, 1.0), method="rk4", step_size=number(1)).stats
+    assert steps.accepted == 1
 
 
 def test_an_adjoint_that_does_not_fit_the_forward_solve():
