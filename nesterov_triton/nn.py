@@ -17,7 +17,7 @@ from nesterov_triton import gates, systems
 from nesterov_triton._fields import check_instance
 from nesterov_triton._names import unknown
 from nesterov_triton._numbers import is_integer
-from nesterov_triton.solve import Options, Settings, Solution, State, Times, check_tensor, check_times, run
+from nesterov_triton.solve import Options, Settings, Solution, State, Times, check_tensor, check_times, run, solve
 from nesterov_triton.status import Stats
 from nesterov_triton.systems import Field, Form, Momentum, System, Xi
 
@@ -55,7 +55,8 @@ class Layer(nn.Module):
         self.system = system
         for name in options:
             if name not in Options.__annotations__:
-                raise TypeError(unknown(f"option of {type(self).__name__}", name, _option_names(type(self))))
+                choices = _option_names(type(self))
+                raise TypeError(unknown(f"option of {type(self).__name__}", name, choices, _owners(name)))
         self.settings = Settings.make(**options).of(system)
         checked = check_times(system, t)
         if checked.requires_grad and not isinstance(t, Tensor):
@@ -99,6 +100,20 @@ def _option_names(layer: type[Layer]) -> dict[str, None]:
     return dict.fromkeys(
         [*(n for n in own if n not in ("self", "field", "system", "options")), *Options.__annotations__]
     )
+
+
+def _owners(name: str) -> list[str]:
+    """What takes a keyword argument of this name, of all that the package has."""
+    from nesterov_triton import interop  # the front door is above the layers
+
+    if name in signature(MomentumLayer.forward).parameters:
+        return ["the call of a momentum layer"]
+    layers = (ANODE, SONODE, HBNODE, GHBNODE, NesterovNODE, GNesterovNODE)
+    found = [layer.__name__ for layer in layers if name in _option_names(layer)]
+    if len(found) > 3:
+        return ["momentum layers"]
+    functions = (solve, interop.odeint, interop.odeint_adjoint)
+    return found or [f.__name__ for f in functions if name in signature(f).parameters]
 
 
 class NODE(Layer):

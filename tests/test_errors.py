@@ -459,11 +459,38 @@ def test_an_adjoint_that_does_not_fit_the_forward_solve():
         (nt.HBNODE, "initial_velocty", "initial_velocity"),
         (nt.GNesterovNODE, "gat", "gate"),
         (nt.GNesterovNODE, "T", "t"),
+        (nt.NODE, "max_num_steps", "max_steps"),
     ],
 )
 def test_an_unknown_option_of_a_layer_names_the_nearest(layer, wrong, nearest):
     with pytest.raises(TypeError, match=rf"unknown option of {layer.__name__} '{wrong}': did you mean '{nearest}'"):
         layer(lambda t, h: h, **{wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "owners"),
+    [
+        (nt.HBNODE, "gate", "GHBNODE and GNesterovNODE"),
+        (nt.NesterovNODE, "xi", "GHBNODE and GNesterovNODE"),
+        (nt.HBNODE, "form", "NesterovNODE and GNesterovNODE"),
+        (nt.NODE, "augment", "ANODE"),
+        (nt.HBNODE, "params", "solve"),
+        (nt.GNesterovNODE, "options", "odeint and odeint_adjoint"),
+        (nt.GNesterovNODE, "adjoint_rtol", "odeint_adjoint"),
+        (nt.HBNODE, "return_velocity", "the call of a momentum layer"),
+    ],
+)
+def test_an_option_of_something_else_says_whose_it_is(layer, name, owners):
+    with pytest.raises(TypeError, match=rf"unknown option of {layer.__name__} '{name}': that is for {owners}; valid"):
+        layer(lambda t, h: h, **{name: 1})
+
+
+def test_no_guess_where_nothing_is_near():
+    for make in (lambda: nt.NODE(field(), colour=1), lambda: nt.NODE(field(), method="simplex")):
+        with pytest.raises((TypeError, ValueError)) as refused:
+            make()
+        assert "did you mean" not in str(refused.value)
+        assert "valid names are" in str(refused.value)
 
 
 def test_a_first_order_layer_knows_no_initial_velocity():
