@@ -31,9 +31,11 @@ def unknown(kind: str, name: object, choices: Mapping[str, object], owners: Sequ
         owners: what knows this name, where something else does; said instead of a guess.
     """
     lowered, given = {choice.lower(): choice for choice in choices}, str(name).lower()
-    near = difflib.get_close_matches(given, list(lowered), n=1, cutoff=ALIKE)
-    near = near or [choice for choice in lowered if len(choice) >= 4 and choice in given]  # seminorm for norm
-    hint = f"did you mean {lowered[near[0]]!r}? " if near else ""
+    alike = {choice: difflib.SequenceMatcher(None, given, choice).ratio() for choice in lowered}
+    near = max(alike, key=lambda choice: alike[choice], default="")  # of several the first, dopri5 before dopri8
+    if alike.get(near, 0) < ALIKE:
+        near = next((choice for choice in lowered if len(choice) >= 4 and choice in given), "")  # seminorm for norm
+    hint = f"did you mean {lowered[near]!r}? " if near else ""
     if owners:
         hint = f"that is for {' and '.join(owners)}; "
     return f"unknown {kind} {name!r}: {hint}valid names are {', '.join(choices)}"

@@ -6,6 +6,8 @@ import math
 import numbers
 from typing import TypeGuard
 
+import torch
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a real number: not a bool, a string or a tensor. It may be infinite or NaN."""
@@ -24,6 +26,6 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def plain(value: float) -> float:
     """Python's own float or int: numpy's scalars come out of arithmetic with tensors as numpy's arrays."""
-    if type(value) in (float, int):
+    if torch.compiler.is_compiling() or type(value) in (float, int):  # a tracer's numbers have sources, not types
         return value
     return int(value) if is_integer(value) else float(value)

@@ -152,6 +152,22 @@ class Settings:
         options = LoopOptions(_controller(controller, tableau), step_size, first_step, max_steps)
         return cls(tableau, rtol, atol, strategy, options, loop, auto=auto, controller=controller)
 
+    def given(self) -> Options:
+        """The options that these settings were made of, gradients by name where they have one."""
+        o = self.options
+        named = (name for name, strategy in gradients.GRADIENTS.items() if strategy == self.gradient)
+        return {
+            "method": "auto" if self.auto else self.tableau.name,
+            "rtol": self.rtol,
+            "atol": self.atol,
+            "gradient": next(named, self.gradient),
+            "controller": self.controller,
+            "step_size": o.step_size,
+            "first_step": o.first_step,
+            "max_steps": o.max_steps,
+            "loop": self.loop,
+        }
+
     def of(self, system: System) -> Settings:
         """These settings with the choice of a method made for the system, where it is to be.
 

@@ -399,7 +399,7 @@ def test_other_methods_are_torchdiffeqs(method):
     options = {} if method == "scipy_solver" else {"step_size": 0.1}
     theirs = torchdiffeq.odeint(f, start(), t, method=method, options=options)
     assert torch.equal(nt.odeint(f, start(), t, method=method, options=options), theirs)
-    with pytest.raises(ValueError, match="unknown option of method .* in options 'step_sise'"):
+    with pytest.raises(ValueError, match=r"unknown option of method .* in options 'step_sise'"):
         nt.odeint(f, start(), t, method=method, options={"step_sise": 0.1})
     with pytest.raises(ValueError, match="drop return_stats"):
         nt.odeint(f, start(), t, method=method, return_stats=True)
