@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from types import MappingProxyType
-from typing import Any, Self, Unpack
+from typing import Any, NoReturn, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,13 @@ class Layer(nn.Module):
                     raise ValueError(f"{error} ({kept})") from None
             raise
         return self
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks of a module first."""
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be scripted by torch.jit.script, which knows no loop like a solver's: use "
+            "torch.export, or torch.compile"
+        )
 
     def _check_names(self, options: Mapping[str, object]) -> None:
         for name in options:

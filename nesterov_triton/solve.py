@@ -248,6 +248,7 @@ def solve(
         max_steps=max_steps,
         loop=loop,
     )
+    _refuse_layer(system)
     bound = as_system(system)
     h = check_state(bound, state)
     times = check_times(bound, t)
@@ -352,6 +353,17 @@ def _solve_without_gradient(problem: Problem) -> list[Tensor]:
     return refuse_gradients(states, graphs[0]) if graphs else states
 
 
+def _refuse_layer(system: object) -> None:
+    """Raise for a layer, which takes (h, t) where a field takes (t, h)."""
+    if isinstance(system, nn.Module) and isinstance(system._modules.get("system"), System):
+        from nesterov_triton.nn import Layer  # above this module
+
+        if isinstance(system, Layer):
+            raise TypeError(
+                f"system must be a system or f(t, y), got the layer {type(system).__name__}; pass layer.system"
+            )
+
+
 def check_state(system: System, state: object) -> Tensor:
     """The state's first tensor, once the state is found fit for the system.
 
@@ -376,10 +388,23 @@ def check_state(system: System, state: object) -> Tensor:
     return x
 
 
+# How many steps there are depends on values, of which these tracers see one example.
+_UNTRACED = "its steps depend on values; use torch.export, or torch.compile"
+
+
 def check_tensor(name: str, value: object, system: System) -> None:
     """Raise unless `value` is a finite floating-point tensor on the field's device."""
     if not isinstance(value, Tensor):
+        if isinstance(value, torch.fx.Proxy):
+            raise TypeError(f"{name} must be a tensor, got a Proxy of torch.fx: {_UNTRACED}")
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        raise RuntimeError(f"torch.jit.trace, and torch.onnx.export by it, cannot record a solve: {_UNTRACED}")
+    if value.is_complex():
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {value.dtype}; convert it with torch.view_as_real, which "
+            "keeps both parts, or take nt.odeint, which solves complex states"
+        )
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it, say with .float()")
     if isinstance(system.field, nn.Module):
@@ -429,6 +454,11 @@ def check_times(system: System, t: object) -> Tensor:
         raise ValueError(f"t holds NaN or infinite times: {values}")
     steps = [b - a for a, b in itertools.pairwise(values)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+        if len(values) == 2:
+            raise ValueError(
+                f"t must be strictly increasing or decreasing, got {values}: between equal times there is nothing to "
+                "solve; take the state as it is there, without a call, as for observations at the same time"
+            )
         raise ValueError(f"t must be strictly increasing or decreasing, got {values}; sort it and drop repetitions")
     system.check_times(values)
     return times

@@ -31,7 +31,8 @@ LAYERS = {
 BAD_TIMES = [
     ([1.0], "at least two"),
     ([], "at least two"),
-    ([1.0, 1.0], "strictly increasing or"),
+    ([1.0, 1.0], "strictly increasing or.*nothing to solve.*without a call"),
+    ([1.0, 1.0, 2.0], "strictly increasing or.*drop repetitions"),
     ([1.0, 3.0, 2.0], "strictly increasing or"),
     ([2.0, 1.0, 1.5], "strictly increasing or"),
     ([1.0, math.nan], "NaN"),
@@ -125,6 +126,34 @@ def test_input_of_a_wrong_type(h, match):
     with raises(TypeError, rf"state must be a.*{match}.*convert"):
         nt.solve(f, h, (0.0, 1.0))
     assert f.calls == 0
+
+
+def test_a_complex_state_keeps_both_parts():
+    for dtype in (torch.complex64, torch.complex128):
+        for call in (*(make(field()) for make in LAYERS.values()), lambda h: nt.solve(field(), h, (0.0, 1.0))):
+            with raises(TypeError, r"floating-point.*complex.*view_as_real.*odeint"):
+                call(torch.ones(2, 2, dtype=dtype))
+
+
+def test_a_layer_in_place_of_its_system():
+    for make in (nt.NODE, nt.GNesterovNODE):
+        with raises(TypeError, rf"got the layer {make.__name__}; pass layer\.system"):
+            nt.solve(make(field()), features(2, 2), (0.0, 1.0))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [nt.NODE, nt.GNesterovNODE])
+def test_tracers_of_one_example(make, tmp_path):
+    layer, h = make(Returns(lambda h: -h)), torch.ones(2, 2)
+    for module in (layer, nn.Sequential(nn.Linear(2, 2), layer)):
+        with raises(RuntimeError, r"torch\.jit\.trace.*use torch\.export"):
+            torch.jit.trace(module, (h,))
+        with raises(RuntimeError, rf"{make.__name__} cannot be scripted.*use torch\.export"):
+            torch.jit.script(module)
+        with raises(TypeError, r"Proxy of torch\.fx.*use torch\.export"):
+            torch.fx.symbolic_trace(module)
+    with raises(RuntimeError, r"torch\.onnx\.export.*use torch\.export"):
+        torch.onnx.export(nn.Sequential(layer), (h,), str(tmp_path / "x.onnx"), dynamo=False)
 
 
 def test_states_that_are_no_pair():
