@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from nesterov_triton import transforms
+from nesterov_triton._fields import check_instance
 from nesterov_triton._names import lookup
+from nesterov_triton._numbers import is_number, plain
 from nesterov_triton.ops.rows import Row
 
 
@@ -53,9 +55,18 @@ class Gate:
         return self.pullback(grad.flat, grad.flat, y.flat).view(2, -1).unbind(0)
 
 
-def _check_bound(bound: float) -> None:
+def _check_bound(gate: Softclip | Hardtanh) -> None:
+    bound: object = gate.bound
+    if not is_number(bound):
+        learned = "; a gate has no parameters, so that it would not be learned: pass a number"
+        raise TypeError(
+            f"gate bound must be a positive finite number, got {type(bound).__name__}"
+            f"{learned if isinstance(bound, Tensor) else ''}"
+        )
     if not (math.isfinite(bound) and bound > 0):
         raise ValueError(f"gate bound must be a positive finite number, got {bound}")
+    if plain(bound) is not bound:
+        object.__setattr__(gate, "bound", plain(bound))
 
 
 @functools.lru_cache(maxsize=256)
@@ -96,7 +107,7 @@ class Softclip(Gate):
     bound: float = 5.0
 
     def __post_init__(self) -> None:
-        _check_bound(self.bound)
+        _check_bound(self)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         c = self.bound
@@ -159,7 +170,7 @@ class Hardtanh(Gate):
     bound: float = 5.0
 
     def __post_init__(self) -> None:
-        _check_bound(self.bound)
+        _check_bound(self)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         c = self.bound
@@ -183,8 +194,9 @@ class Elementwise(Gate):
     from_value = False
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
-        y = self.function(x)
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or x.is_inference() else x._version
+        y = self.function(x) if compiling else self._called(x)
         if version is not None and x._version != version:
             raise ValueError(f"gate must not change its argument: {self.function!r} works in place; pass inplace=False")
         if y.shape != x.shape or y.dtype != x.dtype:
@@ -193,6 +205,19 @@ class Elementwise(Gate):
                 f"{tuple(y.shape)} {y.dtype}; return a tensor of the argument's shape and dtype"
             )
         return y if out is None else out.copy_(y)
+
+    def _called(self, x: Tensor) -> Tensor:
+        try:
+            return self.function(x)
+        except RuntimeError as error:
+            own = [*self.function.parameters()] if isinstance(self.function, torch.nn.Module) else []
+            if all(p.dtype == x.dtype and p.device == x.device for p in own):
+                raise
+            raise RuntimeError(
+                f"the gate uses {len(own)} tensor(s) of its own, {own[0].dtype} on {own[0].device}, and is applied to "
+                f"{x.dtype} on {x.device} (times are float64 on the CPU): a callable gate has no parameters. Put what "
+                "is learned into the field"
+            ) from error
 
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
         # Where no tensor may be marked as a leaf, or, in inference mode, no mark means anything.
@@ -224,6 +249,7 @@ def get(gate: GateLike) -> Gate:
         return gate
     if isinstance(gate, str):
         return lookup("gate", gate, GATES)
+    check_instance("gate", gate)
     if callable(gate):
         return Elementwise(gate)
     raise TypeError(f"gate must be a name, a gate object or an elementwise callable, got {type(gate).__name__}")

@@ -28,6 +28,18 @@ def get(name: str) -> Method:
     return tableaus.named(name, {**METHODS, "auto": GENERAL})
 
 
+def takes_steps(name: str) -> bool:
+    """Whether the method of this name takes fixed steps where it is given a step size."""
+    method = get(name)
+    return isinstance(method, Nystrom) or not method.adaptive
+
+
+def reversible(name: str) -> bool:
+    """Whether the steps of the method of this name can be taken back."""
+    method = get(name)
+    return isinstance(method, Nystrom) and method.reversible
+
+
 def choose(system: System, rtol: Tensor | float, atol: Tensor | float, reversible: bool) -> Method:
     """The adaptive method that needs fewest evaluations of the field, as far as is known of the system beforehand.
 

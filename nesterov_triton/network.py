@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import has_torch_function
 
 from nesterov_triton import transforms
+from nesterov_triton._fields import explained, name_of
 from nesterov_triton.systems import Field
 
 
@@ -154,7 +155,13 @@ class Network:
         """The first evaluation, looked at for what would be wrong every time."""
         versions = [None if x.is_inference() else x._version for x in features]
         with torch.set_grad_enabled(self._watch or torch.is_grad_enabled()):
-            u = self._field(t, *features)
+            try:
+                u = self._field(t, *features)
+            except (TypeError, RuntimeError) as error:
+                told = explained(self._field, features, error, self._autocast is not None)
+                if told is error:
+                    raise
+                raise told from error
         if versions != [None if x.is_inference() else x._version for x in features]:
             raise RuntimeError(
                 f"field {self._name()} changes its input in place, and that is the solver's state; "
@@ -183,6 +190,4 @@ class Network:
         return u
 
     def _name(self) -> str:
-        field = self._field
-        kind = type(field).__name__
-        return kind if isinstance(field, nn.Module) else getattr(field, "__name__", kind)
+        return name_of(self._field)

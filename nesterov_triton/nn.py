@@ -6,18 +6,23 @@ share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, Unpack
+from types import MappingProxyType
+from typing import Any, NoReturn, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gates, systems
+from nesterov_triton._fields import check_instance
 from nesterov_triton._names import unknown
-from nesterov_triton.solve import Options, Settings, Solution, State, Times, check_tensor, check_times, run
+from nesterov_triton._numbers import is_integer
+from nesterov_triton.solve import Options, Settings, Solution, State, Times, check_tensor, check_times, run, solve
 from nesterov_triton.status import Stats
 from nesterov_triton.systems import Field, Form, Momentum, System, Xi
+
+TIMES = (1.0, 2.0)
 
 
 class Layer(nn.Module):
@@ -43,17 +48,18 @@ class Layer(nn.Module):
     Attributes:
         stats: counts of the last call (`Stats`).
 
+    The solver's options are read from `options` and replaced by `configure`; the system's (gate, xi, form, field) are
+    attributes of `system`.
+
     Raises:
         ValueError, TypeError: bad options here, bad input in the call; the message names the argument and the fix.
         SolveError: in the call, where the last time is not reached.
     """
 
-    def __init__(self, system: System, *, t: Times = (1.0, 2.0), **options: Unpack[Options]) -> None:
+    def __init__(self, system: System, *, t: Times = TIMES, **options: Unpack[Options]) -> None:
         super().__init__()
         self.system = system
-        for name in options:
-            if name not in Options.__annotations__:
-                raise TypeError(unknown(f"option of {type(self).__name__}", name, _option_names(type(self))))
+        self._check_names(options)
         self.settings = Settings.make(**options).of(system)
         checked = check_times(system, t)
         if checked.requires_grad and not isinstance(t, Tensor):
@@ -67,6 +73,57 @@ class Layer(nn.Module):
     def field(self) -> Field:
         """The user's network."""
         return self.system.field
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The solver's options as they are, all of those that `configure` takes; to be read only."""
+        return MappingProxyType(self.settings.given())
+
+    def configure(self, **options: Unpack[Options]) -> Self:
+        """Replace some of the solver's options, as for an evaluation by another method or tolerance; the others stay.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ValueError, TypeError: as where a layer is made; its options are then as before.
+        """
+        self._check_names(options)
+        before: dict[str, Any] = {**self.settings.given()}
+        try:
+            self.settings = Settings.make(**{**before, **options}).of(self.system)
+        except ValueError as error:
+            for name in ("step_size", "first_step"):
+                if before[name] is not None and name not in options and name in str(error):
+                    kept = f"the layer keeps {name} = {before[name]}; to drop it pass {name}=None"
+                    raise ValueError(f"{error} ({kept})") from None
+            raise
+        return self
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks of a module first."""
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be scripted by torch.jit.script, which knows no loop like a solver's: use "
+            "torch.export, or torch.compile"
+        )
+
+    def _check_names(self, options: Mapping[str, object]) -> None:
+        for name in options:
+            if name not in Options.__annotations__:
+                choices = _option_names(type(self))
+                raise TypeError(unknown(f"option of {type(self).__name__}", name, choices, _owners(name)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Where they would be written, nothing reads them.
+        if name in Options.__annotations__:
+            raise AttributeError(f"{name} is an option of the solver: set it with layer.configure({name}=...)")
+        if name == "options":
+            raise AttributeError("options are to be read; set them with layer.configure(...)")
+        if name == "field":
+            raise AttributeError("field is the system's: set layer.system.field, or make another layer")
+        if name in ("gate", "xi", "form") and type(self).__module__ == __name__:  # another's may be its own
+            raise AttributeError(f"{name} is the system's, chosen when the layer is made: make another layer")
+        super().__setattr__(name, value)
 
     def _times(self, t: Times | None) -> Tensor:
         return check_times(self.system, self.t if t is None else t)
@@ -83,12 +140,28 @@ class Layer(nn.Module):
         return run(self.system, state, h, times, self.settings, stats=self.stats)
 
     def extra_repr(self) -> str:
-        s = self.settings
-        step = "" if s.options.step_size is None else f", step_size={s.options.step_size}"
-        adaptive = s.tableau.adaptive and s.options.step_size is None
-        tolerance = f", rtol={s.rtol}, atol={s.atol}" if adaptive else ""
-        name = "auto" if s.auto else s.tableau.name
-        return f"method={name}{step}{tolerance}, gradient={type(s.gradient).__name__.lower()}"
+        """Method, tolerances or step, and gradient; of all else what differs from the default."""
+        given = self.options
+        adaptive = self.settings.tableau.adaptive and given["step_size"] is None
+        shown: dict[str, Any] = {"method": given["method"]}
+        for name in ("rtol", "atol") if adaptive else ():
+            value = given[name]
+            shown[name] = f"tensor{list(value.shape)}" if isinstance(value, Tensor) and value.ndim else float(value)
+        gradient = given["gradient"]
+        shown["gradient"] = gradient if isinstance(gradient, str) else repr(gradient)
+        defaults: dict[str, Any] = {**Settings.make().given()}
+        for name in ("controller", "step_size", "first_step", "max_steps", "loop"):
+            if given[name] != defaults[name]:
+                shown[name] = given[name]
+        if isinstance(self.t, Tensor):
+            shown["t"] = "learned" if self.t.requires_grad else f"[{len(self.t)} times]"
+        elif self.t != TIMES:
+            shown["t"] = self.t if len(self.t) < 5 else f"{self.t[0]}...{self.t[-1]} ({len(self.t)} times)"
+        return ", ".join(f"{name}={value}" for name, value in {**self._of_the_model(), **shown}.items())
+
+    def _of_the_model(self) -> dict[str, Any]:
+        """What of the layer's own arguments differs from the default, to be shown."""
+        return {}
 
 
 def _option_names(layer: type[Layer]) -> dict[str, None]:
@@ -97,6 +170,20 @@ def _option_names(layer: type[Layer]) -> dict[str, None]:
     return dict.fromkeys(
         [*(n for n in own if n not in ("self", "field", "system", "options")), *Options.__annotations__]
     )
+
+
+def _owners(name: str) -> list[str]:
+    """What takes a keyword argument of this name, of all that the package has."""
+    from nesterov_triton import interop  # the front door is above the layers
+
+    if name in signature(MomentumLayer.forward).parameters:
+        return ["the call of a momentum layer"]
+    layers = (ANODE, SONODE, HBNODE, GHBNODE, NesterovNODE, GNesterovNODE)
+    found = [layer.__name__ for layer in layers if name in _option_names(layer)]
+    if len(found) > 3:
+        return ["momentum layers"]
+    functions = (solve, interop.odeint, interop.odeint_adjoint)
+    return found or [f.__name__ for f in functions if name in signature(f).parameters]
 
 
 class NODE(Layer):
@@ -138,10 +225,12 @@ class ANODE(NODE):
     """
 
     def __init__(self, field: Field, augment: int, *, dim: int = 1, **options: Any) -> None:
-        if isinstance(augment, bool) or not isinstance(augment, int) or augment < 1:
+        if not is_integer(augment) or augment < 1:
             raise ValueError(f"augment must be an integer of at least 1, got {augment!r}; for none use NODE")
+        if not is_integer(dim):
+            raise TypeError(f"dim must be the number of a dimension, got {dim!r}")
         super().__init__(field, **options)
-        self.augment, self.dim = augment, dim
+        self.augment, self.dim = int(augment), int(dim)
 
     def forward(self, h: Tensor, t: Times | None = None) -> Tensor:
         """All of h(T): shape of `h` with `augment` more channels; see `NODE.forward`."""
@@ -152,8 +241,8 @@ class ANODE(NODE):
         padding[self.dim] = self.augment
         return super().forward(torch.cat((h, h.new_zeros(padding)), dim=self.dim), t)
 
-    def extra_repr(self) -> str:
-        return f"augment={self.augment}, {super().extra_repr()}"
+    def _of_the_model(self) -> dict[str, Any]:
+        return {"augment": self.augment} | ({} if self.dim == 1 else {"dim": self.dim})
 
 
 class MomentumLayer(Layer):
@@ -170,6 +259,7 @@ class MomentumLayer(Layer):
 
     def __init__(self, system: Momentum, *, initial_velocity: nn.Module | None = None, **options: Any) -> None:
         super().__init__(system, **options)
+        check_instance("initial_velocity", initial_velocity)
         if initial_velocity is not None and not callable(initial_velocity):
             raise TypeError(f"initial_velocity must be a module h -> velocity, got {type(initial_velocity).__name__}")
         self.initial_velocity = initial_velocity
@@ -203,6 +293,17 @@ class MomentumLayer(Layer):
         at = times[-1] if two else times
         features = self.system.features(at, x)
         return (features, self.system.velocity(at, x, m)) if return_velocity else features
+
+    def _of_the_model(self) -> dict[str, Any]:
+        system = self.system
+        shown: dict[str, Any] = {}
+        if system.gate_x != gates.get("softclip") and isinstance(self, GHBNODE | GNesterovNODE):
+            shown["gate"] = system.gate_x
+        if system.raw_xi is None and isinstance(self, GHBNODE | GNesterovNODE):
+            shown["xi"] = system.fixed_xi
+        if system.exact:
+            shown["form"] = "exact"
+        return shown
 
 
 class SONODE(MomentumLayer):

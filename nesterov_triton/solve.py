@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict, cast, get_args
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gradients, methods, transforms
+from nesterov_triton._fields import check_materialised
 from nesterov_triton._names import lookup
+from nesterov_triton._numbers import is_number, is_whole, plain
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.leaves import check_transforms, refuse_gradients
 from nesterov_triton.gradients.problem import Problem, parameters, trainable
@@ -132,10 +133,13 @@ class Settings:
         elif first_step is not None:
             raise ValueError(f"first_step belongs to adaptive methods and {method!r} takes fixed steps; use step_size")
         for name, value in (("step_size", step_size), ("first_step", first_step)):
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            if value is not None and not (is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if not _is_number(max_steps) or max_steps != int(max_steps) or max_steps < 1:
-            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
+        if not is_whole(max_steps) or max_steps < 1:
+            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}; for no limit say 2**31")
+        step_size = None if step_size is None else plain(step_size)
+        first_step = None if first_step is None else plain(first_step)
+        max_steps = max_steps if type(max_steps) is int else int(max_steps)
         rtol, atol = _tolerance("rtol", rtol), _tolerance("atol", atol)
         if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol == atol == 0:
             raise ValueError("rtol and atol are both 0; give at least one of them a positive value")
@@ -147,6 +151,22 @@ class Settings:
             raise ValueError("loop='graph' and gradient='backprop' exclude each other: leave one of them out")
         options = LoopOptions(_controller(controller, tableau), step_size, first_step, max_steps)
         return cls(tableau, rtol, atol, strategy, options, loop, auto=auto, controller=controller)
+
+    def given(self) -> Options:
+        """The options that these settings were made of, gradients by name where they have one."""
+        o = self.options
+        named = (name for name, strategy in gradients.GRADIENTS.items() if strategy == self.gradient)
+        return {
+            "method": "auto" if self.auto else self.tableau.name,
+            "rtol": self.rtol,
+            "atol": self.atol,
+            "gradient": next(named, self.gradient),
+            "controller": self.controller,
+            "step_size": o.step_size,
+            "first_step": o.first_step,
+            "max_steps": o.max_steps,
+            "loop": self.loop,
+        }
 
     def of(self, system: System) -> Settings:
         """These settings with the choice of a method made for the system, where it is to be.
@@ -228,6 +248,7 @@ def solve(
         max_steps=max_steps,
         loop=loop,
     )
+    _refuse_layer(system)
     bound = as_system(system)
     h = check_state(bound, state)
     times = check_times(bound, t)
@@ -303,6 +324,8 @@ def bind(
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1).contiguous()
     system.check_range(times.tolist(), h.dtype)
     own = parameters(system.field)
+    if torch.is_grad_enabled():  # without, this may be the dry run that makes them
+        check_materialised(system.field, own)
     kind = h.device.type
     return Problem(
         system=system,
@@ -332,6 +355,17 @@ def _solve_without_gradient(problem: Problem) -> list[Tensor]:
     return refuse_gradients(states, graphs[0]) if graphs else states
 
 
+def _refuse_layer(system: object) -> None:
+    """Raise for a layer, which takes (h, t) where a field takes (t, h)."""
+    if isinstance(system, nn.Module) and isinstance(system._modules.get("system"), System):
+        from nesterov_triton.nn import Layer  # above this module
+
+        if isinstance(system, Layer):
+            raise TypeError(
+                f"system must be a system or f(t, y), got the layer {type(system).__name__}; pass layer.system"
+            )
+
+
 def check_state(system: System, state: object) -> Tensor:
     """The state's first tensor, once the state is found fit for the system.
 
@@ -356,10 +390,23 @@ def check_state(system: System, state: object) -> Tensor:
     return x
 
 
+# How many steps there are depends on values, of which these tracers see one example.
+_UNTRACED = "its steps depend on values; use torch.export, or torch.compile"
+
+
 def check_tensor(name: str, value: object, system: System) -> None:
     """Raise unless `value` is a finite floating-point tensor on the field's device."""
     if not isinstance(value, Tensor):
+        if isinstance(value, torch.fx.Proxy):
+            raise TypeError(f"{name} must be a tensor, got a Proxy of torch.fx: {_UNTRACED}")
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        raise RuntimeError(f"torch.jit.trace, and torch.onnx.export by it, cannot record a solve: {_UNTRACED}")
+    if value.is_complex():
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {value.dtype}; convert it with torch.view_as_real, which "
+            "keeps both parts, or take nt.odeint, which solves complex states"
+        )
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it, say with .float()")
     if isinstance(system.field, nn.Module):
@@ -409,6 +456,11 @@ def check_times(system: System, t: object) -> Tensor:
         raise ValueError(f"t holds NaN or infinite times: {values}")
     steps = [b - a for a, b in itertools.pairwise(values)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+        if len(values) == 2:
+            raise ValueError(
+                f"t must be strictly increasing or decreasing, got {values}: between equal times there is nothing to "
+                "solve; take the state as it is there, without a call, as for observations at the same time"
+            )
         raise ValueError(f"t must be strictly increasing or decreasing, got {values}; sort it and drop repetitions")
     system.check_times(values)
     return times
@@ -450,10 +502,6 @@ def _tolerance(name: str, value: object) -> Tensor | float:
         if not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ValueError(f"{name} must be positive and finite everywhere")
         return value
-    if not _is_number(value) or not 0 <= value < math.inf:  # type: ignore[operator]
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number ≥ 0 or a tensor of numbers > 0, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value)

@@ -32,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gates, transforms
+from nesterov_triton._fields import check_field, check_instance
 from nesterov_triton._names import lookup
+from nesterov_triton._numbers import is_number
 
 Field: TypeAlias = Callable[..., Tensor]
 Form: TypeAlias = Literal["absorbed", "exact"]
@@ -107,10 +109,9 @@ class System(nn.Module):
     sees_momentum: bool = False
     field: Field
 
-    def __init__(self, field: Field) -> None:
+    def __init__(self, field: Field, arguments: str = "t, h") -> None:
         super().__init__()
-        if not callable(field):
-            raise TypeError(f"field must be a module or function (t, h) -> dh, got {type(field).__name__}")
+        check_field(field, arguments)
         # Without the cast the type checker would take nn.Module.__setattr__'s narrower signature.
         self.field = cast(Any, field)
 
@@ -133,6 +134,7 @@ def as_system(system: object) -> System:
     """The system itself, or a plain callable f(t, y) as a first-order system."""
     if isinstance(system, System):
         return system
+    check_instance("system", system)
     if callable(system):
         return FirstOrder(system)
     raise TypeError(f"system must be a nesterov_triton system or a callable f(t, y), got {type(system).__name__}")
@@ -174,7 +176,7 @@ class Momentum(System):
         sees_momentum: bool = False,
         damping_factor: float = 3.0,
     ) -> None:
-        super().__init__(field)
+        super().__init__(field, "t, h, m" if sees_momentum else "t, h")
         if sign not in (1, -1):
             raise ValueError(f"sign must be 1 or -1, got {sign!r}; scale the field instead")
         self.nesterov = nesterov
@@ -357,7 +359,7 @@ def gnesterov(
 def _number(name: str, value: object, learnable: bool = True) -> float:
     if isinstance(value, str) and learnable:
         lookup(name, value, {"learnable": None})
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or not math.isfinite(value) or value < 0:
         alternative = " or 'learnable'" if learnable else ""
         raise ValueError(f"{name} must be a finite number ≥ 0{alternative}, got {value!r}")
     return float(value)

@@ -75,6 +75,10 @@ class Tableau:
     all_a: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
     step_rows: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        stages = f", stages={len(self.c)}" + (f"+{len(self.extra_c)}" if self.extra_c else "")
+        return f"Tableau({self.name!r}, order={self.order}{stages})"
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """What is registered stays itself in copies and pickles: operators are told a method by its name."""
         if TABLEAUS.get(self.name) is self:

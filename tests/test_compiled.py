@@ -253,7 +253,7 @@ def test_a_changed_setting_is_noticed(dynamic):
     run = compiled(layer, dynamic=dynamic)
     run(h)
     first = counts(layer.stats)
-    layer.settings = type(layer.settings).make(rtol=1e-8, atol=1e-8)
+    layer.configure(rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(run(h), layer(h), rtol=1e-7, atol=1e-7)
     run(h)
     assert counts(layer.stats) > first

@@ -24,7 +24,8 @@ pytest.importorskip("matplotlib")
 import nesterov_triton as nt
 from nesterov_triton.experiments import runner
 from nesterov_triton.experiments.cli import COMMANDS, device_of, main
-from nesterov_triton.experiments.data import images
+from nesterov_triton.experiments.data import files, images
+from nesterov_triton.experiments.data.download import DownloadError
 from nesterov_triton.experiments.experiment import CommandError, Experiment, Settings, Split
 from nesterov_triton.experiments.folder import Folder
 from nesterov_triton.experiments.models import (
@@ -224,6 +225,11 @@ def test_defaults_are_all_models_and_settings_are_shown(capsys: pytest.CaptureFi
         (("mnist", "--xi", "-1"), ("--xi", "learnable")),
         (("mnist", "--models", "NesterovNODE-publishd"), ("did you mean 'NesterovNODE-published'",)),
         (("mnsit",), ("did you mean 'mnist'",)),
+        (("mnist", "--models", "NODE", "--method", "nystrom4"), ("NODE: ", "'nystrom4'", "momentum systems")),
+        (("silverbox", "--method", "nystrom4", "--models", "ANODE"), ("ANODE: ", "'nystrom4'", "momentum systems")),
+        # Its steps' lengths are each sample's own, so all its solves are of a first-order form.
+        (("walker2d", "--method", "nystrom4", "--models", "HBNODE"), ("HBNODE: ", "'nystrom4'", "dopri5")),
+        (("cifar10", "--gradient", "reversible"), ("--gradient", "strang")),
     ],
 )
 def test_wrong_requests(
@@ -232,6 +238,29 @@ def test_wrong_requests(
     assert command("reproduce", *arguments, "--output", tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
+    assert message.count("\n") == 1, message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("experiment", ["mnist", "silverbox"])
+def test_data_that_cannot_be_had_leave_no_folder(
+    experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise DownloadError("no connection")
+
+    monkeypatch.setattr(files, "download", fail)
+    arguments = ("--data", tmp_path / "data", "--output", tmp_path / "out")
+    for again in ((), ("--overwrite",)):
+        assert command("reproduce", experiment, *arguments, *again) == 2
+        assert "could not be downloaded" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert (
+        command("compare", "point-cloud", "--models", "NODE", "--epochs", 1, "--tolerance", 1e-2, *arguments[2:]) == 0
+    )
+    rows = (tmp_path / "out" / "history.csv").read_bytes()
+    assert command("reproduce", experiment, *arguments, "--overwrite") == 2
+    assert (tmp_path / "out" / "history.csv").read_bytes() == rows  # the old run is not lost to a broken connection
 
 
 # -- the systems -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nesterov_triton as nt
+from nesterov_triton.solve import Settings
 from nesterov_triton.systems import Momentum, Xi, nesterov_scale
 
 COMPARED = ("NODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE")
@@ -211,10 +212,14 @@ class Evolution(nn.Module):
         model: its name.
         field: f(t, h), or f(t, h, m) for SONODE.
         gate, xi, damping_factor: see `build_system`.
+        scaled: whether it will be called with a scale, for which only the methods for first-order systems are.
         solver: options of `nesterov_triton.solve`.
 
     Attributes:
         stats: counts of the last solve.
+
+    Raises:
+        ValueError, TypeError: an option that is wrong, or not for this model.
     """
 
     def __init__(
@@ -225,10 +230,13 @@ class Evolution(nn.Module):
         gate: str,
         xi: Xi = "learnable",
         damping_factor: float = 3.0,
+        scaled: bool = False,
         **solver: Any,
     ) -> None:
         super().__init__()
         self.system = build_system(model, field, gate, xi, damping_factor)
+        # Now, not in the first batch.
+        Settings.make(**solver).of(nt.systems.FirstOrder(field) if scaled else self.system)
         self.solver = solver
         self.stats = nt.Stats()
 

@@ -9,6 +9,7 @@ steps beside the solve and stay out of its error norm (Kidger, Chen, Lyons 2021,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nesterov_triton import methods
+from nesterov_triton._numbers import is_number, plain
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
@@ -65,8 +67,13 @@ class Adjoint:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 if self.measure is not None else value > 0):
+            if value is None:
+                continue
+            if not is_number(value):
+                raise TypeError(f"Adjoint {name} must be a positive number or None, got {value!r}")
+            if not (value >= 0 if self.measure is not None else 0 < value < math.inf):
                 raise ValueError(f"Adjoint {name} must be positive or None, got {value}")
+            object.__setattr__(self, name, plain(value))
         if self.method is not None and isinstance(self._method(self.method), Nystrom) and self.quadratures_in_norm:
             raise ValueError(f"Adjoint method {self.method!r} keeps quadratures out of the norm; take 'dopri5'")
 
