@@ -125,17 +125,19 @@ class StageBuffer:
 
 
 class StageList:
-    """Stages as fresh tensors, each with its graph."""
+    """Stages as fresh tensors, each with its graph; `count` of them in a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self._k: list[Tensor] = []
+        self._last = count - 1
 
     def out(self, i: int) -> None:
         return None
 
     def put(self, i: int, k: Sequence[Tensor]) -> None:
-        # One part is kept as the field returned it, if autograd watches over its memory.
-        self._k = [*self._k[:i], k[0] if len(k) == 1 and k[0].requires_grad else torch.cat(tuple(k))]
+        # What the field returned it may write to when it is called again, unless autograd watches over that.
+        kept = len(k) == 1 and (i == self._last or k[0].requires_grad)
+        self._k[i:] = [k[0] if kept else torch.cat(tuple(k))]
 
     def stage(self, i: int) -> Tensor:
         return self._k[i]
@@ -294,8 +296,8 @@ class ExplicitRK:
         self._between: OpenState | None = None
         self._products: Products | None = None
         self._estimates: Estimates | None = None
-        if differentiable:
-            self.stages: Stages = StageList()
+        if differentiable or (rows == 1 and not tableau.adaptive):  # few stages, in one part each
+            self.stages: Stages = StageList(count)
             if tableau.adaptive:
                 self._products = Products(table(tableau, like.dtype, like.device))
         else:
@@ -307,6 +309,7 @@ class ExplicitRK:
         self._sized = False  # whether the estimates have the size of the state to go on from
         self._has_first = False
         self._has_extra = False
+        self._fsal = tableau.fsal
         self.dt = 0.0  # of the step just taken
 
     def release(self) -> None:
@@ -345,7 +348,7 @@ class ExplicitRK:
             else:
                 z1 = self._combine(z, i)
                 self._evaluate(at, i, z1)
-        return z1 if tableau.fsal else self._combine(z, tableau.stages)
+        return z1 if self._fsal else self._combine(z, tableau.stages)
 
     def error(self, z: Tensor, z1: Tensor) -> float:
         """The norm of the embedded error of the step just taken. The one host read of a step."""
@@ -388,7 +391,7 @@ class ExplicitRK:
         """Go on from the state that the step just taken gave."""
         if self._estimates is not None:
             self._estimates.accept()
-        if self.tableau.fsal:
+        if self._fsal:
             self.stages.carry(self.tableau.stages - 1)
         else:
             self._has_first = False
