@@ -120,9 +120,11 @@ class Flow:
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph. Good until
         the next call for as many times."""
+        if self._gates is None:
+            return self._times_alone(times)
         numbers = times.detach().tolist() if isinstance(times, Tensor) else times
         n, graph = len(numbers), torch.is_grad_enabled() or transforms.active()
-        rows = [] if self.rows == 1 or self._hidden else [x for row in self._factor_rows(numbers) for x in row]
+        rows = [] if self._hidden else [x for row in self._factor_rows(numbers) for x in row]
         # The one cast and the one transfer of a step.
         wide = torch.tensor([*numbers, *rows], dtype=torch.float64 if graph else self.dtype, device="cpu")
         if graph:
@@ -135,6 +137,17 @@ class Flow:
             return self._rewritten(wide, n)
         wide = wide.to(self.device, self.dtype)
         return self._cut(wide[:n], wide[n:])
+
+    def _times_alone(self, times: Sequence[float] | Tensor) -> StageTimes:
+        """`at` of a first-order system."""
+        n = len(times)
+        nothing = (None,) * n
+        if not isinstance(times, Tensor):
+            if self.device.type == "cpu":  # one by one costs less than a tensor of them, and its views
+                t = [torch.scalar_tensor(x, dtype=self.dtype, device="cpu") for x in times]
+                return StageTimes(t, nothing, nothing, nothing)
+            times = torch.tensor(times, dtype=torch.float64, device="cpu")
+        return StageTimes(times.to(self.device, self.dtype).unbind(0), nothing, nothing, nothing)
 
     def _factor_rows(self, times: Sequence[float]) -> list[list[float]]:
         """Of each time its row of `Coefficients`, without what the system has not."""

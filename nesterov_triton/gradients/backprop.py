@@ -23,11 +23,11 @@ class Backprop:
         """The states at the requested times after the first, [D] each, with their graph."""
         stats = problem.stats
 
-        def count(_: Tensor) -> None:
+        def count(_: object) -> None:
             stats.nfe_backward += 1
 
         def watch(u: Tensor) -> None:
-            if not u.is_leaf:  # a leaf is the user's own tensor: the hook would outlive the solve
-                u.register_hook(count)  # type: ignore[no-untyped-call]
+            if u.grad_fn is not None:  # a leaf is the user's own tensor: the hook would outlive the solve
+                u.grad_fn.register_prehook(count)  # half the time of a hook on the tensor
 
         return forward(problem, problem.flow(on_output=watch), differentiable=True)

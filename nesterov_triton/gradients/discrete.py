@@ -356,7 +356,7 @@ class _KeptRK(ExplicitRK):
         self._fresh()
 
     def _fresh(self) -> None:
-        self.stages = self._buffer = StageBuffer(self._table, self._count, self._flow.rows, self._like)
+        self.stages = self._buffer = StageBuffer(self._count, self._flow.rows, self._like)
         _, self._values = empty_rows(self._count, self._flow.rows, self._like)
         self._lins: dict[int, Linearisation] = {}
 

@@ -48,7 +48,7 @@ class Call:
         system: what is solved; `state` is what it is started from.
         params: tensors that need gradients, beyond the parameters that the system finds by itself.
         stats: counted on by every solve of this call.
-        inert: whether `gradient` has found that nothing needs one.
+        inert: whether `look` has found that nothing needs a gradient.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class Call:
         self.times = t.to("cpu", torch.float64) if one else check_times(self.system, t)
         self.stats = Stats()
         self.inert = False
+        self.varies = False  # whether the function is another one at every call
         self._leaves: dict[int, Tensor] | None = None  # in place of the args that need gradients
 
     def _check_momentum(self, system: Momentum, params: Sequence[Tensor] | None) -> None:
@@ -113,20 +114,36 @@ class Call:
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def gradient(self, choice: GradientLike | None, backward: Backward | None) -> Gradient:
-        """The strategy asked for; without a choice "discrete", or "backprop" where only autograd can see all.
-
-        The choice takes the function's first evaluation, which the solve then need not make.
-        """
+        """The strategy asked for. Without a choice "backprop" for fixed steps, whose graphs torchdiffeq's keep as well;
+        for adaptive ones "discrete", or "backprop" where only autograd can see all."""
         if choice == "adjoint" and isinstance(choice, str):
             return self._adjoint(backward or Backward())
         if choice is not None:
             return gradient_of(choice)
         if transforms.active():
             return Backprop()
-        adapted = self.adapted
-        if not torch.is_grad_enabled() or adapted is None or len(self.times) < 2:
+        if not torch.is_grad_enabled() or self.adapted is None or len(self.times) < 2:
             return Discrete()
-        z = self.state
+        if not self.method.tableau.adaptive:
+            return Backprop()
+        u = self.look()
+        if u is None or not u.requires_grad:
+            return Discrete()
+        if self.varies:
+            return Backprop()
+        parts = self.y0 if isinstance(self.y0, tuple | list) else (self.y0,)
+        seen = (self.state, *parts, self.times, *parameters(self.system.field), *self.params)
+        # What a closure holds is for autograd alone to see.
+        return Backprop() if unseen_leaves(u, seen) else Discrete()
+
+    def look(self) -> Tensor | None:
+        """The function's first value, where that can have a graph; finds out whether nothing needs a gradient. The
+        solve then need not compute it again."""
+        adapted, z = self.adapted, self.state
+        if adapted is None or transforms.active() or not torch.is_grad_enabled() or len(self.times) < 2:
+            return None
+        if adapted.known is not None:
+            return adapted.known
         version = None if z.is_inference() else z._version
         kept = [(b, b._version) for b in self._buffers()]
         u = adapted(self.times[0].to(z.device, self.layout.real), z)
@@ -135,16 +152,10 @@ class Call:
                 f"func {name_of(self.func)} changes its input in place, and that is y0; use inplace=False, or clone it"
             )
         adapted.known = u
-        if any(b._version != before for b, before in kept) or _draws(self.func):
-            return Backprop()  # another function every time that it is called
-        if not u.requires_grad:
-            known = (z, self.times, *parameters(self.system.field), *self.params)
-            self.inert = not any(x.requires_grad for x in known)
-            return Discrete()
-        parts = self.y0 if isinstance(self.y0, tuple | list) else (self.y0,)
-        seen = (z, *parts, self.times, *parameters(self.system.field), *self.params)
-        # What a closure holds is for autograd alone to see.
-        return Backprop() if unseen_leaves(u, seen) else Discrete()
+        self.varies = any(b._version != before for b, before in kept) or _draws(self.func)
+        known = (u, z, self.times, *parameters(self.system.field), *self.params)
+        self.inert = not any(x.requires_grad for x in known)
+        return u
 
     def _buffers(self) -> list[Tensor]:
         """The function's own, of those that keep count of their changes."""
@@ -287,11 +298,15 @@ class Call:
         elif method.step_size is not None:
             size, count = fixed_steps(requested[0], requested[-1], loop)
             points = [requested[0], *(requested[0] + n * size for n in range(1, count)), requested[-1]]
-            grid = torch.cat((times[:1] + size * torch.arange(count, dtype=torch.float64), times[-1:]))
+            grid = times
         else:
             points, grid = requested, times
         if len(points) - 1 > loop.max_steps:
             raise SolveError(Status.MAX_STEPS, requested[0], points[1] - points[0], 0)
+        if not grid.requires_grad and set(points).issuperset(requested):
+            return self.states(times, self.settings(gradient, loop))
+        if method.step_size is not None:
+            grid = torch.cat((times[:1] + size * torch.arange(count, dtype=torch.float64), times[-1:]))
         if method.step_size is None and grid.requires_grad and not isinstance(gradient, Adjoint):
             # Every point of the grid moves by itself: one solve for each step.
             states = [self.start]

@@ -116,7 +116,7 @@ def odeint_dense(
     method_ = call.method
     if not method_.tableau.adaptive and method_.step_size is None:
         raise ValueError(f"options['step_size'] is missing: method {name!r} would take one step from t0 to t1")
-    call.gradient(None, None)  # finds out whether anything needs one
+    call.look()
     recorded = torch.is_grad_enabled() and not call.inert
     settings = call.settings(Backprop() if recorded else Discrete(), method_.loop)
     problem = bind(call.system, call.state, call.h, call.times.detach(), settings, call.params, call.stats)

@@ -149,6 +149,8 @@ def _solve(
     event_fn: Callable[..., Tensor] | None,
     return_stats: bool,
 ) -> Any:
+    if event_fn is not None and gradient is None:
+        call.look()
     strategy = call.gradient(gradient, backward)
     if event_fn is None:
         found: tuple[Any, ...] = (call.result(call.solve(strategy)),)

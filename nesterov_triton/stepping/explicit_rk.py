@@ -1,8 +1,9 @@
 """One explicit Runge-Kutta step on a flat state, [D].
 
-Stages are stored stage-major, so that Σ_j a_ij k_j is one matrix-vector product over contiguous memory. The storage is
-either a buffer that lives as long as the solve, or, when plain autograd is to see every operation, a list of fresh
-tensors; the arithmetic is the same and gives the same bits.
+Stages are stored in a buffer that lives as long as the solve, or, when plain autograd is to see every operation, in a
+list of fresh tensors. Adaptive methods have many stages: theirs are stage-major, so that Σ_j a_ij k_j is one
+matrix-vector product over contiguous memory. Fixed-step methods have few, which are added one by one. How depends on
+the method alone, so that every storage gives the same bits.
 """
 
 from __future__ import annotations
@@ -95,9 +96,6 @@ class Stages(Protocol):
     def columns(self, n: int) -> Tensor:
         """The first n stages as columns, [D, n]."""
 
-    def scale(self, table: Table, dt: Tensor | float) -> Table:
-        """dt times the table."""
-
     def carry(self, i: int) -> None:
         """Make stage i the first one."""
 
@@ -105,11 +103,10 @@ class Stages(Protocol):
 class StageBuffer:
     """Stages in one buffer, overwritten by every step."""
 
-    def __init__(self, table: Table, count: int, rows: int, like: Tensor) -> None:
+    def __init__(self, count: int, rows: int, like: Tensor) -> None:
         storage, self._rows = empty_rows(count, rows, like)
         columns = storage.t()
         self._columns = [columns.narrow(1, 0, n) for n in range(count + 1)]
-        self._scaled = table.like(torch.empty_like(table.flat))
 
     def out(self, i: int) -> Row:
         return self._rows[i]
@@ -123,25 +120,24 @@ class StageBuffer:
     def columns(self, n: int) -> Tensor:
         return self._columns[n]
 
-    def scale(self, table: Table, dt: Tensor | float) -> Table:
-        torch.mul(table.flat, dt, out=self._scaled.flat)
-        return self._scaled
-
     def carry(self, i: int) -> None:
         self._rows[0].flat.copy_(self._rows[i].flat)
 
 
 class StageList:
-    """Stages as fresh tensors, each with its graph."""
+    """Stages as fresh tensors, each with its graph; `count` of them in a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self._k: list[Tensor] = []
+        self._last = count - 1
 
     def out(self, i: int) -> None:
         return None
 
     def put(self, i: int, k: Sequence[Tensor]) -> None:
-        self._k = [*self._k[:i], torch.cat(tuple(k))]
+        # What the field returned it may write to when it is called again, unless autograd watches over that.
+        kept = len(k) == 1 and (i == self._last or k[0].requires_grad)
+        self._k[i:] = [k[0] if kept else torch.cat(tuple(k))]
 
     def stage(self, i: int) -> Tensor:
         return self._k[i]
@@ -149,11 +145,75 @@ class StageList:
     def columns(self, n: int) -> Tensor:
         return torch.stack(self._k[:n]).t()
 
-    def scale(self, table: Table, dt: Tensor | float) -> Table:
-        return table.like(table.flat * dt)
-
     def carry(self, i: int) -> None:
         self._k = [self._k[i]]
+
+
+class Weights(Protocol):
+    """A method's rows, and the states that they lead to."""
+
+    def scale(self, dt: Tensor | float) -> None:
+        """Take them times dt from now on."""
+
+    def combine(self, z: Tensor, stages: Stages, row: int, out: Tensor | None = None) -> Tensor:
+        """z + dt Σ_j a_j k_j with the a_j of a row of `Table`, [D], into `out` if given."""
+
+
+class Products:
+    """By one matrix-vector product over all stages; `made` is where dt times the table goes, made anew without.
+
+    Attributes:
+        scaled: dt times the table.
+    """
+
+    def __init__(self, table: Table, made: Table | None = None) -> None:
+        self._table, self._made = table, made
+        self.scaled = table
+
+    def scale(self, dt: Tensor | float) -> None:
+        if self._made is None:
+            self.scaled = self._table.like(self._table.flat * dt)
+        else:
+            torch.mul(self._table.flat, dt, out=self._made.flat)
+            self.scaled = self._made
+
+    def combine(self, z: Tensor, stages: Stages, row: int, out: Tensor | None = None) -> Tensor:
+        scaled = self.scaled
+        return runge_kutta.combine(z, stages.columns(scaled.lengths[row]), scaled.rows[row], out)
+
+
+class Sums:
+    """By one sum for each stage that counts. The increments first, for they are small beside the state."""
+
+    def __init__(self, tableau: Tableau) -> None:
+        self._terms = terms(tableau)
+        self._dt = 0.0
+        self._zero: Tensor | None = None  # carries the graph of a dt that has one
+
+    def scale(self, dt: Tensor | float) -> None:
+        if isinstance(dt, Tensor):
+            self._zero, dt = dt - dt.detach(), float(dt.detach())
+        self._dt = dt
+
+    def combine(self, z: Tensor, stages: Stages, row: int, out: Tensor | None = None) -> Tensor:
+        first, weight, rest = self._terms[row]
+        total = stages.stage(first)
+        for j, ratio in rest:
+            total = torch.add(total, stages.stage(j), alpha=ratio)
+        z1 = torch.add(z, total, alpha=weight * self._dt, out=out)
+        return z1 if self._zero is None else z1 + total * (weight * self._zero).to(z.device, z.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def terms(tableau: Tableau) -> list[tuple[int, float, list[tuple[int, float]]]]:
+    """Of each row of `Table` its largest weight, with its stage, and the other stages with what theirs is of that."""
+    found = []
+    for row in table_rows(tableau):
+        weights = {j: w for j, w in enumerate(row) if w != 0}
+        first = max(weights, key=lambda j: abs(weights[j]), default=0)
+        rest = [(j, w / weights[first]) for j, w in weights.items() if j != first]
+        found.append((first, weights.get(first, 0.0), rest))
+    return found
 
 
 class Memory:
@@ -162,14 +222,20 @@ class Memory:
     Attributes:
         stages: the stages.
         state: [D], for the state of a stage.
-        estimates: for the error's norm.
+        products, estimates: of an adaptive method; None of one that has no error.
     """
 
     def __init__(self, tableau: Tableau, count: int, rows: int, like: Tensor) -> None:
-        self.stages = StageBuffer(table(tableau, like.dtype, like.device), count, rows, like)
+        self.stages = StageBuffer(count, rows, like)
         self.state = torch.empty_like(like)
-        self.estimates = Estimates(tableau, like)
-        self.nbytes = (count + 4 + len(tableau.error)) * like.numel() * like.element_size()
+        self.nbytes = (count + 1) * like.nbytes
+        self.products: Products | None = None
+        self.estimates: Estimates | None = None
+        if tableau.adaptive:
+            numbers = table(tableau, like.dtype, like.device)
+            self.products = Products(numbers, numbers.like(torch.empty_like(numbers.flat)))
+            self.estimates = Estimates(tableau, like)
+            self.nbytes += (3 + len(tableau.error)) * like.nbytes
 
 
 class Estimates:
@@ -228,18 +294,22 @@ class ExplicitRK:
         self._memory: Memory | None = None
         self._key, self._like = (tableau, count, rows, like.numel(), like.dtype), like
         self._between: OpenState | None = None
+        self._products: Products | None = None
         self._estimates: Estimates | None = None
-        if differentiable:
-            self.stages: Stages = StageList()
+        if differentiable or (rows == 1 and not tableau.adaptive):  # few stages, in one part each
+            self.stages: Stages = StageList(count)
+            if tableau.adaptive:
+                self._products = Products(table(tableau, like.dtype, like.device))
         else:
-            self._memory = SHELF.take(self._key, like, lambda: Memory(tableau, count, rows, like))
-            self.stages, self._estimates = self._memory.stages, self._memory.estimates
+            self._memory = memory = SHELF.take(self._key, like, lambda: Memory(tableau, count, rows, like))
+            self.stages, self._products, self._estimates = memory.stages, memory.products, memory.estimates
             if dynamics.copies:  # nothing keeps a stage's state, and all stages share one
-                self._between = dynamics.open(self._memory.state)
-        self._table = self._scaled = table(tableau, like.dtype, like.device)
+                self._between = dynamics.open(memory.state)
+        self._weights: Weights = Sums(tableau) if self._products is None else self._products
         self._sized = False  # whether the estimates have the size of the state to go on from
         self._has_first = False
         self._has_extra = False
+        self._fsal = tableau.fsal
         self.dt = 0.0  # of the step just taken
 
     def release(self) -> None:
@@ -262,7 +332,7 @@ class ExplicitRK:
     def step(self, t: float, t1: float, z: Tensor) -> Tensor:
         """The state after one step from t to t1, [D], freshly allocated."""
         tableau = self.tableau
-        self._scaled = self.stages.scale(self._table, self._step_size(t, t1))
+        self._weights.scale(self._step_size(t, t1))
         self._has_extra = False
         self.dt = t1 - t
         at = self.dynamics.at(self._times(t, t1, tableau.c))
@@ -278,7 +348,7 @@ class ExplicitRK:
             else:
                 z1 = self._combine(z, i)
                 self._evaluate(at, i, z1)
-        return z1 if tableau.fsal else self._combine(z, tableau.stages)
+        return z1 if self._fsal else self._combine(z, tableau.stages)
 
     def error(self, z: Tensor, z1: Tensor) -> float:
         """The norm of the embedded error of the step just taken. The one host read of a step."""
@@ -304,7 +374,8 @@ class ExplicitRK:
             self._estimates = Estimates(self.tableau, z.detach())
         columns = self.stages.columns(self.tableau.stages).detach()
         # Row by row: a matrix product may run in TF32, where so configured, and nearly equal stages cancel here.
-        for row, out in zip(self._scaled.errors, self._estimates.rows, strict=True):
+        assert self._products is not None
+        for row, out in zip(self._products.scaled.errors, self._estimates.rows, strict=True):
             torch.mv(columns, row.detach(), out=out)
         return self._estimates.errors
 
@@ -320,7 +391,7 @@ class ExplicitRK:
         """Go on from the state that the step just taken gave."""
         if self._estimates is not None:
             self._estimates.accept()
-        if self.tableau.fsal:
+        if self._fsal:
             self.stages.carry(self.tableau.stages - 1)
         else:
             self._has_first = False
@@ -366,7 +437,7 @@ class ExplicitRK:
         self.stages.put(i, self.dynamics.derivative(at, i, z, self.stages.out(i)))
 
     def _combine(self, z: Tensor, row: int, out: Tensor | None = None) -> Tensor:
-        return runge_kutta.combine(z, self.stages.columns(self._scaled.lengths[row]), self._scaled.rows[row], out)
+        return self._weights.combine(z, self.stages, row, out)
 
     def _step_size(self, t: float, t1: float) -> Tensor | float:
         return t1 - t if self.axis is None else self.axis.end(t1) - self.axis.start(t)

@@ -292,6 +292,8 @@ def _emit(
     sign, last = math.copysign(1.0, t1 - t), len(times) - 1
     while k <= last and sign * (times[k] - t1) <= 0:
         k += 1
+    if k == first:
+        return ()
     taken = range(first, k)
     # At the step's end the state is known; where times are differentiated, its time moves by itself all the same.
     inside = [k for k in taken if times[k] != t1 or (stepper.axis is not None and k != last)]
