@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 
 def check_field(field: object, arguments: str = "t, h") -> None:
-    """Raise unless `field` can be called as f(`arguments`), as far as can be told.
+    """Raise unless `field` can be called as f(`arguments`), maybe with more behind them, as far as can be told.
 
     Raises:
         TypeError: not callable, a class, or of another signature.
@@ -23,7 +23,7 @@ def check_field(field: object, arguments: str = "t, h") -> None:
     if torch.compiler.is_compiling():  # a tracer has no signatures
         return
     signature = _signature(field)
-    if signature is not None and not _binds(signature, arguments.split(", ")):
+    if signature is not None and not _binds(signature, arguments.split(", "), partly=True):
         raise TypeError(_other_arguments(field, arguments, signature))
 
 
@@ -51,15 +51,19 @@ def check_materialised(field: object, parameters: Iterable[Tensor]) -> None:
         )
 
 
-def explained(field: Callable[..., Tensor], features: Sequence[Tensor], error: Exception, cast: bool) -> Exception:
+def explained(
+    field: Callable[..., Tensor], features: Sequence[Tensor], args: int, error: Exception, cast: bool
+) -> Exception:
     """What to raise where the first call of a field fails; the error itself where no more is known of it.
 
     Args:
         features: what the field was called with beside the time.
+        args: how much it was given behind them.
         cast: whether it ran under autocast.
     """
     if isinstance(error, TypeError) and _of_the_call(error):
-        return TypeError(_other_arguments(field, ", ".join(("t", "h", "m")[: 1 + len(features)]), _signature(field)))
+        called = [*("t", "h", "m")[: 1 + len(features)], *(f"args[{i}]" for i in range(args))]
+        return TypeError(_other_arguments(field, ", ".join(called), _signature(field)))
     # A field may have weights of another dtype on purpose, and cast what it gets: a mistake is only what fails.
     if isinstance(error, RuntimeError) and not cast and "type" in str(error) and isinstance(field, nn.Module):
         dtype, own = features[0].dtype, {p.dtype for p in field.parameters() if p.is_floating_point()}
@@ -102,9 +106,9 @@ def _signature(field: Any) -> inspect.Signature | None:
         return None
 
 
-def _binds(signature: inspect.Signature, given: Sequence[object]) -> bool:
+def _binds(signature: inspect.Signature, given: Sequence[object], partly: bool = False) -> bool:
     try:
-        signature.bind(*given)
+        (signature.bind_partial if partly else signature.bind)(*given)
     except TypeError:
         return False
     return True
@@ -118,7 +122,7 @@ def _other_arguments(field: Any, arguments: str, signature: inspect.Signature | 
         return f"{said} and takes other arguments; wrap it: lambda {arguments}: ..., or in a module with that forward"
     said = f"{said} and takes ({', '.join(signature.parameters)})"
     if arguments == "t, h" and _binds(signature, "thm"):
-        return f"{said}; a field f(t, h, m), which sees the velocity, is SONODE's"
+        return f"{said}; pass what it takes behind t and h as args=(...); if that is the velocity, it is SONODE's field"
     fewer = next((given for given in ("t, h", "h") if _binds(signature, given.split(", "))), None)
     if fewer is None or fewer == arguments:
         return f"{said}; wrap it in a function or module f({arguments}), say with functools.partial for the others"

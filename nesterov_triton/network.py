@@ -70,6 +70,7 @@ class Network:
         watch: keep the graph of the first evaluation whatever the grad mode.
         on_output: is shown the outputs that have a graph.
         retain: for `Evaluation`s.
+        args: what the field is called with beside time and features.
         remember: keep the first evaluation. Of one on a GPU nothing is kept: to compare would be to wait for it.
 
     Attributes:
@@ -89,7 +90,9 @@ class Network:
         on_output: Callable[[Tensor], object] | None = None,
         retain: bool = False,
         remember: bool = False,
+        args: tuple[Any, ...] = (),
     ) -> None:
+        self._args = args
         self.shape, self.dtype, self.device = shape, dtype, device
         self._retain = retain
         self.evaluations = 0
@@ -107,11 +110,11 @@ class Network:
         """
         call = self._field if self.evaluations else self._first
         if self._autocast is None:
-            u = call(t, *features)
+            u = call(t, *features, *self._args)
         else:
             # Without its cache: that may hold weights cast in the forward pass, without their graph.
             with torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False):
-                u = call(t, *features)
+                u = call(t, *features, *self._args)
         self.evaluations += 1
         if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
             u = self._checked(u)
@@ -151,14 +154,15 @@ class Network:
                 "or args, or use gradient='backprop' or nt.gradients.Discrete(recompute=False)"
             )
 
-    def _first(self, t: Tensor, *features: Tensor) -> Tensor:
-        """The first evaluation, looked at for what would be wrong every time."""
+    def _first(self, t: Tensor, *given: Any) -> Tensor:
+        """The first evaluation, looked at for what would be wrong every time; `given` are the features and args."""
+        features: Sequence[Tensor] = given[: len(given) - len(self._args)]
         versions = [None if x.is_inference() else x._version for x in features]
         with torch.set_grad_enabled(self._watch or torch.is_grad_enabled()):
             try:
-                u = self._field(t, *features)
+                u = self._field(t, *given)
             except (TypeError, RuntimeError) as error:
-                told = explained(self._field, features, error, self._autocast is not None)
+                told = explained(self._field, features, len(self._args), error, self._autocast is not None)
                 if told is error:
                     raise
                 raise told from error

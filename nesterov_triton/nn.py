@@ -128,16 +128,16 @@ class Layer(nn.Module):
     def _times(self, t: Times | None) -> Tensor:
         return check_times(self.system, self.t if t is None else t)
 
-    def _run(self, state: State, h: Tensor, times: Tensor) -> Solution:
+    def _run(self, state: State, h: Tensor, times: Tensor, args: Sequence[Any]) -> Solution:
         if torch.compiler.is_compiling():
             from nesterov_triton.compiled.solve import exporting  # takes in all of torch's compiler
 
-            solution = run(self.system, state, h, times, self.settings)
+            solution = run(self.system, state, h, times, self.settings, args=args)
             if not exporting():  # an exported program has no layer to tell
                 self.stats = solution.stats
             return solution
         self.stats = Stats()  # of this call, also where it fails
-        return run(self.system, state, h, times, self.settings, stats=self.stats)
+        return run(self.system, state, h, times, self.settings, stats=self.stats, args=args)
 
     def extra_repr(self) -> str:
         """Method, tolerances or step, and gradient; of all else what differs from the default."""
@@ -197,15 +197,17 @@ class NODE(Layer):
     def __init__(self, field: Field, **options: Any) -> None:
         super().__init__(systems.FirstOrder(field), **options)
 
-    def forward(self, h: Tensor, t: Times | None = None) -> Tensor:
+    def forward(self, h: Tensor, t: Times | None = None, *, args: Sequence[Any] = ()) -> Tensor:
         """h(T), shape of `h`; with more than two times all of them, [len(t), *h.shape].
 
         Args:
             h: features at t[0], [batch, ...], floating point.
             t: times for this call instead of the layer's own.
+            args: what the field is called with beside t and h, f(t, h, *args), such as a context; the tensors among
+                them are differentiated.
         """
         check_tensor("h", h, self.system)
-        solution = self._run(h, h, self._times(t))
+        solution = self._run(h, h, self._times(t), args)
         out = solution.final if len(solution.t) == 2 else solution.ys
         assert isinstance(out, Tensor)
         return out
@@ -232,14 +234,14 @@ class ANODE(NODE):
         super().__init__(field, **options)
         self.augment, self.dim = int(augment), int(dim)
 
-    def forward(self, h: Tensor, t: Times | None = None) -> Tensor:
+    def forward(self, h: Tensor, t: Times | None = None, *, args: Sequence[Any] = ()) -> Tensor:
         """All of h(T): shape of `h` with `augment` more channels; see `NODE.forward`."""
         check_tensor("h", h, self.system)
         if not -h.ndim <= self.dim < h.ndim:
             raise ValueError(f"h of shape {tuple(h.shape)} has no dimension {self.dim} to augment; add it or pass dim=")
         padding = list(h.shape)
         padding[self.dim] = self.augment
-        return super().forward(torch.cat((h, h.new_zeros(padding)), dim=self.dim), t)
+        return super().forward(torch.cat((h, h.new_zeros(padding)), dim=self.dim), t, args=args)
 
     def _of_the_model(self) -> dict[str, Any]:
         return {"augment": self.augment} | ({} if self.dim == 1 else {"dim": self.dim})
@@ -265,7 +267,7 @@ class MomentumLayer(Layer):
         self.initial_velocity = initial_velocity
 
     def forward(
-        self, h: Tensor, t: Times | None = None, *, return_velocity: bool = False
+        self, h: Tensor, t: Times | None = None, *, return_velocity: bool = False, args: Sequence[Any] = ()
     ) -> Tensor | tuple[Tensor, Tensor]:
         """h(T), shape of `h`; with more than two times all of them, [len(t), *h.shape].
 
@@ -273,6 +275,7 @@ class MomentumLayer(Layer):
             h: features at t[0], [batch, ...], floating point.
             t: times for this call instead of the layer's own.
             return_velocity: return (h, h') instead, both of that shape.
+            args: as for `NODE.forward`.
         """
         check_tensor("h", h, self.system)
         times = self._times(t)
@@ -287,7 +290,7 @@ class MomentumLayer(Layer):
                 raise ValueError(
                     f"initial_velocity returned {got} for h of {tuple(h.shape)} {h.dtype}; return h's shape and dtype"
                 )
-        solution = self._run(self.system.initial_state(h, velocity, times[0]), h, times)
+        solution = self._run(self.system.initial_state(h, velocity, times[0]), h, times, args)
         two = len(solution.t) == 2
         x, m = solution.final if two else solution.ys
         at = times[-1] if two else times

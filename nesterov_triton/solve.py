@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, TypedDict, cast, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +199,7 @@ def solve(
     max_steps: int = 10_000,
     loop: Loop = "auto",
     params: Sequence[Tensor] = (),
+    args: Sequence[Any] = (),
     throw: bool = True,
 ) -> Solution:
     """Solve an initial value problem, differentiably.
@@ -228,6 +229,8 @@ def solve(
             takes the same decisions the same way, without a graph. "auto" is "eager" until graphs have been run on a
             GPU.
         params: tensors that f uses and that need gradients, beyond the parameters of an `nn.Module`.
+        args: what f is called with beside t and y, f(t, y, *args), such as a context; the tensors among them are
+            differentiated.
         throw: raise on failure; otherwise the solution says so in its status.
 
     Returns:
@@ -252,7 +255,7 @@ def solve(
     bound = as_system(system)
     h = check_state(bound, state)
     times = check_times(bound, t)
-    return run(bound, state, h, times, settings.of(bound), params, throw, traced=True)
+    return run(bound, state, h, times, settings.of(bound), params, throw, traced=True, args=args)
 
 
 def run(
@@ -266,16 +269,25 @@ def run(
     stats: Stats | None = None,
     traced: bool = False,
     stand_ins: Mapping[int, Tensor] | None = None,
+    args: Sequence[Any] = (),
 ) -> Solution:
     """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from
     `check_times`; `traced` where a tracer sees the settings being made."""
     if torch.compiler.is_compiling():
         from nesterov_triton.compiled import solve as compiled  # takes in all of torch's compiler
 
-        return compiled.run(system, state, times, settings, params, traced)  # type: ignore[return-value]
+        return compiled.run(system, state, times, settings, params, traced, _checked_args(args))  # type: ignore[return-value]
     stats = Stats() if stats is None else stats
     stats.method = settings.tableau.name
-    problem = bind(system, state, h, times, settings, params, stats, stand_ins)
+    args = _checked_args(args)
+    if args:
+        needed = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        params = (*params, *needed)
+        if torch.is_grad_enabled() and not isinstance(settings.gradient, gradients.Backprop):
+            # Leaves, so that what leads to them stays out of the field's own graphs.
+            stand_ins = {id(a): a.detach().requires_grad_() for a in needed}
+            args = tuple(stand_ins.get(id(a), a) for a in args)
+    problem = bind(system, state, h, times, settings, params, stats, stand_ins, args)
     try:
         with problem.without_autocast():
             backprop = isinstance(settings.gradient, gradients.Backprop)
@@ -308,6 +320,7 @@ def bind(
     params: Sequence[Tensor],
     stats: Stats,
     stand_ins: Mapping[int, Tensor] | None = None,
+    args: tuple[Any, ...] = (),
 ) -> Problem:
     """What every gradient strategy is handed; arguments as for `run`.
 
@@ -343,7 +356,16 @@ def bind(
         loop=settings.loop,
         inside=settings.inside,
         stand_ins=stand_ins or {},
+        args=args,
     )
+
+
+def _checked_args(args: Sequence[Any]) -> tuple[Any, ...]:
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args must be a tuple of what the field is called with beside t and h, got {type(args).__name__}"
+        )
+    return tuple(args)
 
 
 def _solve_without_gradient(problem: Problem) -> list[Tensor]:

@@ -143,6 +143,32 @@ def test_gradients_with_respect_to_times(times, gradient):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
+class Context(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, t, h, context, factor=1.0):
+        return factor * torch.tanh(self.linear(torch.cat((h, t * context), dim=1)))
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_args(gradient):
+    """A context that the compiled function makes, differentiated through the loop; and a number."""
+    torch.manual_seed(0)
+    layer, encoder = nt.GNesterovNODE(Context(), gradient=gradient, **TIGHT), torch.nn.Linear(4, 1, dtype=torch.float64)
+    h, z, results = features(3, 2), features(3, 4), []
+
+    def call(h, z):
+        return layer(h, args=(encoder(z), 1.5))
+
+    for run in (call, compiled(call)):
+        out = run(h, z)
+        wanted = (*encoder.parameters(), *layer.parameters())
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), wanted)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
 def test_another_damping_factor():
     layer = nt.GNesterovNODE(Field(), damping_factor=5.0, form="exact", **TIGHT).double()
     agree(layer)

@@ -1,6 +1,7 @@
 """Gradients: against finite differences, against each other, and where there can be none, an error."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -732,3 +733,72 @@ def test_the_adjoint_s_method_brings_its_own_controller():
     own = nt.controllers.get(nt.methods.controller_of(nt.methods.get("nystrom4")))
     assert found[0] == own != nt.controllers.Integral()
     assert found[1] == nt.controllers.Integral(safety=0.5)
+
+
+KEEP = nt.gradients.Discrete(recompute=False)
+
+
+class Context(nn.Module):
+    """f(t, h, context, factor)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, t, h, context, factor=1.0):
+        return factor * torch.tanh(self.linear(torch.cat((h, t * context), dim=1)))
+
+
+def with_context(layer, call=None):
+    """(h(T), gradients of h0, of what the context comes from, and of the field) with a context that an encoder made."""
+    torch.manual_seed(3)
+    encoder, h = nn.Linear(4, 1, dtype=torch.float64), features(3, 2).requires_grad_()
+    out = (layer if call is None else call)(h, args=(encoder(features(3, 4)), 1.5))
+    wanted = (h, encoder.weight, layer.field.linear.weight)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
+
+
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+@pytest.mark.parametrize(
+    "gradient", ["discrete", nt.gradients.Discrete(recompute=False), "adjoint", "reversible"], ids=str
+)
+@pytest.mark.parametrize("kind", [nt.NODE, nt.HBNODE, nt.GNesterovNODE])
+@pytest.mark.filterwarnings("ignore:.*eager loop")
+def test_args_are_differentiated(kind, gradient, loop):
+    """Against autograd through every operation."""
+    if gradient == "reversible" and kind is nt.NODE:
+        pytest.skip("for momentum systems")
+    options = {"method": "strang", "step_size": 0.02} if gradient == "reversible" else {"rtol": 1e-10, "atol": 1e-10}
+    torch.manual_seed(0)
+    field = Context()
+    expected = with_context(kind(field, gradient="backprop", **options))
+    found = with_context(kind(field, gradient=gradient, loop=loop, **options))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8 if gradient == "adjoint" else 1e-12)
+
+
+def test_args_that_change_between_calls_of_one_layer():
+    """What an attribute of the field could not do: each call goes back by its own."""
+    torch.manual_seed(0)
+    field, found = Context(), []
+    for gradient in ("backprop", "discrete", "adjoint"):
+        layer = nt.GNesterovNODE(field, xi=0.5, gradient=gradient, rtol=1e-10, atol=1e-10)
+        h = features(3, 2).requires_grad_()
+        y = h
+        for k in range(3):
+            y = layer(y, args=(k * torch.ones(3, 1, dtype=torch.float64),))
+        found.append(torch.autograd.grad(y.square().sum(), (h, field.linear.weight)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-7, atol=1e-7)
+
+
+def test_args_of_solve_and_their_errors():
+    y = nt.solve(lambda t, y, a: a * y, torch.ones(1, dtype=torch.float64), (0.0, 1.0), args=(-1.0,), rtol=1e-9).final
+    torch.testing.assert_close(y.item(), math.exp(-1), rtol=1e-5, atol=1e-5)
+    h, context = features(3, 2), features(3, 1)
+    with pytest.raises(TypeError, match="args must be a tuple"):
+        nt.NODE(Context())(h, args=context)
+    with pytest.raises(TypeError, match=r"called as f\(t, h\) and takes \(t, h, context, factor\); pass .* args="):
+        nt.NODE(Context())(h)
+    total = nt.NODE(Context())(h, args=(context.requires_grad_(),)).sum()
+    with pytest.raises(RuntimeError, match="second derivatives with tensors in args"):
+        torch.autograd.grad(total, context, create_graph=True)

@@ -19,7 +19,7 @@ from nesterov_triton.compiled.gradients import Adjoint, Counts, Discrete, Settin
 from nesterov_triton.compiled.loop import Plan
 from nesterov_triton.compiled.reversible import Reversible
 from nesterov_triton.compiled.step import stages_back
-from nesterov_triton.compiled.system import Bound
+from nesterov_triton.compiled.system import TENSOR, Bound, put
 from nesterov_triton.gradients import leaves
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.status import Stats
@@ -54,6 +54,7 @@ def run(
     settings: Any,
     params: Sequence[Tensor] = (),
     traced: bool = False,
+    args: tuple[Any, ...] = (),
 ) -> CompiledSolution:
     """`nesterov_triton.solve.run` for a tracer: no check that needs values, and failures as NaN and a status.
 
@@ -74,7 +75,10 @@ def run(
     own = dict(field.named_parameters()) if isinstance(field, nn.Module) else {}
     trained = {name: p for name, p in own.items() if p.requires_grad}
     scalars = {name: value.to(h.device, torch.float64) for name, value in system.scalars().items()}
-    tensors = [*scalars.values(), *trained.values()]
+    given = tuple(a for a in args if isinstance(a, Tensor))
+    if any(not a.is_floating_point() for a in given):
+        raise RuntimeError("args that are tensors must be floating-point ones under torch.compile")
+    tensors = [*scalars.values(), *trained.values(), *given]
     kind = h.device.type
     autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     gradient, controller = settings.gradient, settings.options.controller
@@ -85,7 +89,7 @@ def run(
         )
     rtol, atol, options = (settings.rtol, settings.atol, settings.options) if traced else _settings(settings)
     plan = Plan(settings.tableau, rtol, atol, options)
-    bound = Bound(system, *_rule(system), tuple(scalars), tuple(trained), autocast)
+    bound = Bound(system, *_rule(system), tuple(scalars), tuple(trained), autocast, _constants(args))
     setting = Setting(bound, plan, _backward_plan(plan, gradient), len(rows), times.requires_grad)
     if exporting():  # for inference: what keeps states for a backward pass cannot be stored
         rows, tensors, times = [x.detach() for x in rows], [x.detach() for x in tensors], times.detach()
@@ -95,7 +99,13 @@ def run(
     strategy = type(gradient)
     momentum, named = isinstance(system, Momentum), isinstance(field, nn.Module)
     try_field(
-        id(system) if momentum else 0, id(field) if named else field, h, autocast is None, torch.is_grad_enabled()
+        id(system) if momentum else 0,
+        id(field) if named else field,
+        h,
+        autocast is None,
+        torch.is_grad_enabled(),
+        _constants(args),
+        *given,
     )
     if torch.is_grad_enabled():
         without_donation()
@@ -146,7 +156,9 @@ def without_donation() -> bool:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> bool:
+def try_field(
+    system: int, field: Any, h: Tensor, exact: bool, grads: bool, constants: tuple[Any, ...], *given: Tensor
+) -> bool:
     """Raise where the field does not fit the state, or uses tensors that need gradients and would silently get none.
 
     A tracer does not tell, and sizes that it compares become constants of the trace: this runs in Python, once for each
@@ -158,6 +170,7 @@ def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> b
         h: a state.
         exact: whether the field must return the state's dtype.
         grads: whether there will be gradients.
+        constants, given: its args, see `Bound`.
 
     Raises:
         ValueError: naming the shapes and dtypes that do not agree.
@@ -175,20 +188,22 @@ def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> b
     with torch.enable_grad() if grads else nullcontext(), torch._C.DisableTorchFunctionSubclass():
         features = [torch.zeros_like(h).requires_grad_(grads) for _ in range(1 + sees_momentum)]
         t = torch.ones((), dtype=h.dtype, device=h.device)
+        tensors = [torch.zeros_like(a).requires_grad_(grads) for a in given]
+        args = put(constants, tensors)
         if isinstance(field, nn.Module):
             # Buffers as copies: a trial must not count in anybody's running mean.
             copies = {name: b.clone() for name, b in field.named_buffers()}
             before = {name: b._version for name, b in copies.items()}
-            u = functional_call(field, copies, (t, *features))
+            u = functional_call(field, copies, (t, *features, *args))
             changed = [name for name, b in copies.items() if b._version != before[name]]
             if changed:
                 raise RuntimeError(
                     f"the field changes its buffers ({', '.join(changed)}), which a loop under torch.compile cannot: "
                     "put it into eval(), or leave the layer outside of the compiled region (torch.compiler.disable)"
                 )
-            seen = [*features, *field.parameters()]
+            seen = [*features, *field.parameters(), *tensors]
         else:
-            u, seen = field(t, *features), features
+            u, seen = field(t, *features, *args), [*features, *tensors]
         if u.shape != h.shape or (u.dtype != h.dtype and exact):
             raise ValueError(
                 f"field returned shape {tuple(u.shape)} {u.dtype} for h of shape {tuple(h.shape)} {h.dtype}; "
@@ -268,6 +283,10 @@ def _rule(system: System) -> tuple[Rule | None, tuple[float, float]]:
     rule = system.rule
     gate_x, gate_f = _gate(rule.gate_x, bound_x), _gate(rule.gate_f, bound_f)
     return rule._replace(sign=sign, factor=factor, gate_x=gate_x, gate_f=gate_f), (damping, xi)
+
+
+def _constants(args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(TENSOR if isinstance(a, Tensor) else a for a in args)
 
 
 def _gate(gate: gates.Gate, bound: float) -> gates.Gate:

@@ -193,9 +193,9 @@ class PublishedLayer(nt.NODE):
         super().__init__(system.field, **solver)
         self.initial_velocity = initial_velocity
 
-    def forward(self, h: Tensor, t: Any = None) -> Tensor:
+    def forward(self, h: Tensor, t: Any = None, *, args: Sequence[Any] = ()) -> Tensor:
         velocity = torch.zeros_like(h) if self.initial_velocity is None else self.initial_velocity(h)
-        states = super().forward(torch.cat([h, velocity], dim=1), t)
+        states = super().forward(torch.cat([h, velocity], dim=1), t, args=args)
         times = self._times(t).to(h)
         assert isinstance(self.field, PublishedField)
         if len(times) == 2:

@@ -196,6 +196,8 @@ def _objection(problem: Problem) -> str:
         return "CUDA graphs are not used by default yet; pass loop='graph' to use them"
     if problem.z.device.type != "cpu" and not problem.path().kernels:
         return problem.path().reason
+    if problem.args:
+        return "args are others in every call, and a graph is of certain memory"
     if type(controller) not in (Integral, PI):
         return f"controller {type(controller).__name__} may have a rule of its own"
     if tolerance is not None and any(isinstance(x, Tensor) and x.ndim for x in (tolerance.rtol, tolerance.atol)):

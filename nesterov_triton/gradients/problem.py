@@ -43,6 +43,8 @@ class Problem:
         loop: "auto", "eager" or "graph"; see `solve`.
         stand_ins: by the id of one of `params`, the leaf that the field is given in its place where the strategy, not
             autograd, differentiates: so that a graph behind it stays out of the field's own.
+        args: what the field is called with beside time and features; in place of those that need gradients their
+            stand-ins, if there are any.
         inside: whether the right-hand side is seen from inside of a step at its ends; see `stage_times`.
     """
 
@@ -61,6 +63,7 @@ class Problem:
     loop: str = "auto"
     inside: bool = False
     stand_ins: Mapping[int, Tensor] = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
 
     def flow(
         self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None, remember: bool = False
@@ -92,7 +95,9 @@ class Problem:
         remember: bool = False,
     ) -> Network:
         z, field = self.z, self.system.field if field is None else field
-        return Network(field, self.shape, z.dtype, z.device, self.autocast, watch, on_output, retain, remember)
+        return Network(
+            field, self.shape, z.dtype, z.device, self.autocast, watch, on_output, retain, remember, self.args
+        )
 
     def path(self) -> Path:
         """What does the elementwise work of this solve, unless autograd is to see all of it."""
