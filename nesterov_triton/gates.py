@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -232,12 +232,13 @@ class Elementwise(Gate):
         return torch.autograd.grad(value, leaf, grad, create_graph=again)[0]
 
 
-GateLike: TypeAlias = str | Gate | Callable[[Tensor], Tensor]
+GateName: TypeAlias = Literal["identity", "tanh", "hardtanh", "softclip"]
+GateLike: TypeAlias = GateName | Gate | Callable[[Tensor], Tensor]
 
 GATES: dict[str, Gate] = {"identity": Identity(), "tanh": Tanh(), "hardtanh": Hardtanh(), "softclip": Softclip()}
 
 
-def get(gate: GateLike) -> Gate:
+def get(gate: GateLike | str) -> Gate:
     """The gate of that name, the gate itself, or an elementwise callable wrapped as one.
 
     Raises:

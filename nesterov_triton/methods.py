@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
@@ -15,6 +15,12 @@ from nesterov_triton.tableaus import Tableau
 Method: TypeAlias = Tableau | Nystrom
 
 METHODS: dict[str, Method] = {**tableaus.TABLEAUS, **nystrom.METHODS}
+MethodName: TypeAlias = Literal[
+    "dopri5", "tsit5", "bosh3", "adaptive_heun", "fehlberg2", "dopri8", "prince_dormand8",
+    "euler", "midpoint", "heun2", "heun3", "rk4", "rk4_38",
+    "nystrom4", "nystrom6", "strang", "blanes_moan4", "auto",
+]  # fmt: skip
+
 GENERAL = tableaus.get("dopri5")  # what takes any system, and any loop
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from types import MappingProxyType
-from typing import Any, NoReturn, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ from nesterov_triton.status import Stats
 from nesterov_triton.systems import Field, Form, Momentum, System, Xi
 
 TIMES = (1.0, 2.0)
+
+
+class LayerOptions(Options, total=False):
+    """The keyword arguments of every layer; see `Layer`."""
+
+    t: Times
+
+
+class MomentumOptions(LayerOptions, total=False):
+    """The keyword arguments of every layer around a momentum system; see `MomentumLayer`."""
+
+    initial_velocity: nn.Module | None
 
 
 class Layer(nn.Module):
@@ -194,8 +206,12 @@ class NODE(Layer):
         options: see `Layer`.
     """
 
-    def __init__(self, field: Field, **options: Any) -> None:
+    def __init__(self, field: Field, **options: Unpack[LayerOptions]) -> None:
         super().__init__(systems.FirstOrder(field), **options)
+
+    if TYPE_CHECKING:  # nn.Module's own takes and gives anything
+
+        def __call__(self, h: Tensor, t: Times | None = None) -> Tensor: ...
 
     def forward(self, h: Tensor, t: Times | None = None) -> Tensor:
         """h(T), shape of `h`; with more than two times all of them, [len(t), *h.shape].
@@ -224,7 +240,7 @@ class ANODE(NODE):
         ValueError: augment < 1.
     """
 
-    def __init__(self, field: Field, augment: int, *, dim: int = 1, **options: Any) -> None:
+    def __init__(self, field: Field, augment: int, *, dim: int = 1, **options: Unpack[LayerOptions]) -> None:
         if not is_integer(augment) or augment < 1:
             raise ValueError(f"augment must be an integer of at least 1, got {augment!r}; for none use NODE")
         if not is_integer(dim):
@@ -257,13 +273,39 @@ class MomentumLayer(Layer):
 
     system: Momentum
 
-    def __init__(self, system: Momentum, *, initial_velocity: nn.Module | None = None, **options: Any) -> None:
+    def __init__(
+        self, system: Momentum, *, initial_velocity: nn.Module | None = None, **options: Unpack[LayerOptions]
+    ) -> None:
         super().__init__(system, **options)
         check_instance("initial_velocity", initial_velocity)
         if initial_velocity is not None and not callable(initial_velocity):
             raise TypeError(f"initial_velocity must be a module h -> velocity, got {type(initial_velocity).__name__}")
         self.initial_velocity = initial_velocity
 
+    if TYPE_CHECKING:  # nn.Module's own takes and gives anything
+
+        @overload
+        def __call__(self, h: Tensor, t: Times | None = None, *, return_velocity: Literal[False] = False) -> Tensor: ...
+        @overload
+        def __call__(
+            self, h: Tensor, t: Times | None = None, *, return_velocity: Literal[True]
+        ) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, h: Tensor, t: Times | None = None, *, return_velocity: bool
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
+
+    @overload
+    def forward(self, h: Tensor, t: Times | None = None, *, return_velocity: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(
+        self, h: Tensor, t: Times | None = None, *, return_velocity: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, h: Tensor, t: Times | None = None, *, return_velocity: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self, h: Tensor, t: Times | None = None, *, return_velocity: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -314,7 +356,7 @@ class SONODE(MomentumLayer):
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, **options: Any) -> None:
+    def __init__(self, field: Field, **options: Unpack[MomentumOptions]) -> None:
         super().__init__(systems.second_order(field), **options)
 
 
@@ -326,7 +368,7 @@ class HBNODE(MomentumLayer):
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, **options: Any) -> None:
+    def __init__(self, field: Field, **options: Unpack[MomentumOptions]) -> None:
         super().__init__(systems.heavy_ball(field), **options)
 
 
@@ -340,7 +382,9 @@ class GHBNODE(MomentumLayer):
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable", **options: Any) -> None:
+    def __init__(
+        self, field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable", **options: Unpack[MomentumOptions]
+    ) -> None:
         super().__init__(systems.generalised_heavy_ball(field, gate, xi), **options)
 
 
@@ -354,7 +398,7 @@ class NesterovNODE(MomentumLayer):
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, *, form: Form = "absorbed", **options: Any) -> None:
+    def __init__(self, field: Field, *, form: Form = "absorbed", **options: Unpack[MomentumOptions]) -> None:
         super().__init__(systems.nesterov(field, form), **options)
 
 
@@ -377,7 +421,7 @@ class GNesterovNODE(MomentumLayer):
         xi: Xi = "learnable",
         *,
         form: Form = "absorbed",
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(systems.gnesterov(field, gate, xi, form), **options)
 

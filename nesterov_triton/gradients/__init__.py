@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -22,7 +22,8 @@ class Gradient(Protocol):
         """The states at the requested times after the first, [D] each, with their graph."""
 
 
-GradientLike: TypeAlias = str | Gradient
+GradientName: TypeAlias = Literal["discrete", "adjoint", "reversible", "backprop"]
+GradientLike: TypeAlias = GradientName | Gradient
 
 GRADIENTS: dict[str, Gradient] = {
     "discrete": Discrete(),
@@ -32,7 +33,7 @@ GRADIENTS: dict[str, Gradient] = {
 }
 
 
-def get(gradient: GradientLike) -> Gradient:
+def get(gradient: GradientLike | str) -> Gradient:
     """The strategy of that name, or the strategy itself.
 
     Raises:

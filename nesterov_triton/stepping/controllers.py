@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from nesterov_triton._names import lookup
 from nesterov_triton._numbers import is_number, plain
@@ -90,12 +90,13 @@ class PI(Integral):
         return self.alpha / q, self.beta / q
 
 
-ControllerLike: TypeAlias = str | Integral
+ControllerName: TypeAlias = Literal["integral", "pi"]
+ControllerLike: TypeAlias = ControllerName | Integral
 
 CONTROLLERS: dict[str, Integral] = {"integral": Integral(), "pi": PI()}
 
 
-def get(controller: ControllerLike) -> Integral:
+def get(controller: ControllerLike | str) -> Integral:
     """The controller of that name, or the controller itself.
 
     Raises:
