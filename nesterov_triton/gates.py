@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nesterov_triton import transforms
 from nesterov_triton._fields import check_instance
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 from nesterov_triton._numbers import is_number, plain
 from nesterov_triton.ops.rows import Row
 
@@ -277,3 +277,10 @@ def of_form(name: str, bound: float) -> Gate:
     if name == "identity":
         return Identity()
     return lookup("gate form", name, {"softclip": Softclip, "hardtanh": Hardtanh})(bound)
+
+
+__all__ = ["GATES", "Elementwise", "Gate", "GateLike", "GateName", "Hardtanh", "Identity", "Softclip", "Tanh", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from nesterov_triton import nystrom, tableaus
+from nesterov_triton._names import public
 from nesterov_triton.gates import Identity
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.systems import Momentum, System
@@ -69,3 +70,10 @@ def choose(system: System, rtol: Tensor | float, atol: Tensor | float, reversibl
 
 def _smallest(tolerance: Tensor | float) -> float:
     return float(tolerance.min()) if isinstance(tolerance, Tensor) else tolerance
+
+
+__all__ = ["METHODS", "Method", "MethodName", "choose", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -6,7 +6,7 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 from nesterov_triton.gradients.adjoint import Adjoint
 from nesterov_triton.gradients.backprop import Backprop
 from nesterov_triton.gradients.discrete import Discrete
@@ -47,4 +47,18 @@ def get(gradient: GradientLike | str) -> Gradient:
     raise TypeError(f"gradient must be a name or a strategy object, got {gradient!r}")
 
 
-__all__ = ["GRADIENTS", "Adjoint", "Backprop", "Discrete", "Gradient", "GradientLike", "Reversible", "get"]
+__all__ = [
+    "GRADIENTS",
+    "Adjoint",
+    "Backprop",
+    "Discrete",
+    "Gradient",
+    "GradientLike",
+    "GradientName",
+    "Reversible",
+    "get",
+]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

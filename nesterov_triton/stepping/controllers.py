@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 from nesterov_triton._numbers import is_number, plain
 
 
@@ -108,3 +108,10 @@ def get(controller: ControllerLike | str) -> Integral:
     if isinstance(controller, str):
         return lookup("controller", controller, CONTROLLERS)
     raise TypeError(f"controller must be a name or a controller object, got {type(controller).__name__}")
+
+
+__all__ = ["CONTROLLERS", "PI", "ControllerLike", "ControllerName", "Integral", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())
