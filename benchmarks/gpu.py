@@ -193,7 +193,7 @@ class Affine(nn.Module):
 # --- accuracy
 
 
-def layer(problem: Problem, gradient: str = "discrete", **options: Any) -> nt.GNesterovNODE:
+def layer(problem: Problem, gradient: Any = "discrete", **options: Any) -> nt.GNesterovNODE:
     settings = {"rtol": TOLERANCE, "atol": TOLERANCE} | options
     return nt.GNesterovNODE(problem.field, gate=GATE, xi=XI, t=(T0, T1), gradient=gradient, **settings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -39,3 +39,8 @@ def unknown(kind: str, name: object, choices: Mapping[str, object], owners: Sequ
     if owners:
         hint = f"that is for {' and '.join(owners)}; "
     return f"unknown {kind} {name!r}: {hint}valid names are {', '.join(choices)}"
+
+
+def public(module: Mapping[str, Any]) -> list[str]:
+    """What `dir` of a module shows, given its globals: what it offers, and what every module has."""
+    return sorted({*module["__all__"], *(name for name in module if name.startswith("__") and name.endswith("__"))})

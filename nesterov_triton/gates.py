@@ -10,14 +10,14 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from nesterov_triton import transforms
 from nesterov_triton._fields import check_instance
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 from nesterov_triton._numbers import is_number, plain
 from nesterov_triton.ops.rows import Row
 
@@ -233,12 +233,13 @@ class Elementwise(Gate):
         return torch.autograd.grad(value, leaf, grad, create_graph=again)[0]
 
 
-GateLike: TypeAlias = str | Gate | Callable[[Tensor], Tensor]
+GateName: TypeAlias = Literal["identity", "tanh", "hardtanh", "softclip"]
+GateLike: TypeAlias = GateName | Gate | Callable[[Tensor], Tensor]
 
 GATES: dict[str, Gate] = {"identity": Identity(), "tanh": Tanh(), "hardtanh": Hardtanh(), "softclip": Softclip()}
 
 
-def get(gate: GateLike) -> Gate:
+def get(gate: GateLike | str) -> Gate:
     """The gate of that name, the gate itself, or an elementwise callable wrapped as one.
 
     Raises:
@@ -277,3 +278,10 @@ def of_form(name: str, bound: float) -> Gate:
     if name == "identity":
         return Identity()
     return lookup("gate form", name, {"softclip": Softclip, "hardtanh": Hardtanh})(bound)
+
+
+__all__ = ["GATES", "Elementwise", "Gate", "GateLike", "GateName", "Hardtanh", "Identity", "Softclip", "Tanh", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

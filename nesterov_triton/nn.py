@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from types import MappingProxyType
-from typing import Any, NoReturn, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ from nesterov_triton.status import Stats
 from nesterov_triton.systems import Field, Form, Momentum, System, Xi
 
 TIMES = (1.0, 2.0)
+
+
+class LayerOptions(Options, total=False):
+    """The keyword arguments of every layer; see `Layer`."""
+
+    t: Times
+
+
+class MomentumOptions(LayerOptions, total=False):
+    """The keyword arguments of every layer around a momentum system; see `MomentumLayer`."""
+
+    initial_velocity: nn.Module | None
 
 
 class Layer(nn.Module):
@@ -194,7 +206,7 @@ class NODE(Layer):
         options: see `Layer`.
     """
 
-    def __init__(self, field: Field, **options: Any) -> None:
+    def __init__(self, field: Field, **options: Unpack[LayerOptions]) -> None:
         super().__init__(systems.FirstOrder(field), **options)
 
     def forward(self, h: Tensor, t: Times | None = None, *, args: Sequence[Any] = ()) -> Tensor:
@@ -212,6 +224,9 @@ class NODE(Layer):
         assert isinstance(out, Tensor)
         return out
 
+    if TYPE_CHECKING:  # nn.Module's own takes and gives anything
+        __call__ = forward
+
 
 class ANODE(NODE):
     """Augmented neural ODE (Dupont et al. 2019): h' = f(t, h) on features padded with zeros.
@@ -226,7 +241,7 @@ class ANODE(NODE):
         ValueError: augment < 1.
     """
 
-    def __init__(self, field: Field, augment: int, *, dim: int = 1, **options: Any) -> None:
+    def __init__(self, field: Field, augment: int, *, dim: int = 1, **options: Unpack[LayerOptions]) -> None:
         if not is_integer(augment) or augment < 1:
             raise ValueError(f"augment must be an integer of at least 1, got {augment!r}; for none use NODE")
         if not is_integer(dim):
@@ -259,13 +274,27 @@ class MomentumLayer(Layer):
 
     system: Momentum
 
-    def __init__(self, system: Momentum, *, initial_velocity: nn.Module | None = None, **options: Any) -> None:
+    def __init__(
+        self, system: Momentum, *, initial_velocity: nn.Module | None = None, **options: Unpack[LayerOptions]
+    ) -> None:
         super().__init__(system, **options)
         check_instance("initial_velocity", initial_velocity)
         if initial_velocity is not None and not callable(initial_velocity):
             raise TypeError(f"initial_velocity must be a module h -> velocity, got {type(initial_velocity).__name__}")
         self.initial_velocity = initial_velocity
 
+    @overload
+    def forward(
+        self, h: Tensor, t: Times | None = None, *, return_velocity: Literal[False] = False, args: Sequence[Any] = ()
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, h: Tensor, t: Times | None = None, *, return_velocity: Literal[True], args: Sequence[Any] = ()
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, h: Tensor, t: Times | None = None, *, return_velocity: bool, args: Sequence[Any] = ()
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self, h: Tensor, t: Times | None = None, *, return_velocity: bool = False, args: Sequence[Any] = ()
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -297,6 +326,9 @@ class MomentumLayer(Layer):
         features = self.system.features(at, x)
         return (features, self.system.velocity(at, x, m)) if return_velocity else features
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _of_the_model(self) -> dict[str, Any]:
         system = self.system
         shown: dict[str, Any] = {}
@@ -317,7 +349,7 @@ class SONODE(MomentumLayer):
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, **options: Any) -> None:
+    def __init__(self, field: Field, **options: Unpack[MomentumOptions]) -> None:
         super().__init__(systems.second_order(field), **options)
 
 
@@ -329,7 +361,7 @@ class HBNODE(MomentumLayer):
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, **options: Any) -> None:
+    def __init__(self, field: Field, **options: Unpack[MomentumOptions]) -> None:
         super().__init__(systems.heavy_ball(field), **options)
 
 
@@ -343,7 +375,9 @@ class GHBNODE(MomentumLayer):
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable", **options: Any) -> None:
+    def __init__(
+        self, field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable", **options: Unpack[MomentumOptions]
+    ) -> None:
         super().__init__(systems.generalised_heavy_ball(field, gate, xi), **options)
 
 
@@ -358,7 +392,9 @@ class NesterovNODE(MomentumLayer):
         options: see `MomentumLayer` and `Layer`.
     """
 
-    def __init__(self, field: Field, *, form: Form = "absorbed", damping_factor: float = 3.0, **options: Any) -> None:
+    def __init__(
+        self, field: Field, *, form: Form = "absorbed", damping_factor: float = 3.0, **options: Unpack[MomentumOptions]
+    ) -> None:
         super().__init__(systems.nesterov(field, form, damping_factor), **options)
 
 
@@ -382,7 +418,7 @@ class GNesterovNODE(MomentumLayer):
         *,
         form: Form = "absorbed",
         damping_factor: float = 3.0,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(systems.gnesterov(field, gate, xi, form, damping_factor), **options)
 

@@ -73,7 +73,7 @@ class Solution:
 class Options(TypedDict, total=False):
     """The keyword arguments that `solve` and the layers share; see `solve` for their meaning."""
 
-    method: str
+    method: methods.MethodName
     rtol: Tensor | float
     atol: Tensor | float
     gradient: gradients.GradientLike
@@ -107,7 +107,7 @@ class Settings:
     def make(
         cls,
         *,
-        method: str = "dopri5",
+        method: methods.MethodName = "dopri5",
         rtol: Tensor | float = 1e-5,
         atol: Tensor | float = 1e-5,
         gradient: gradients.GradientLike = "discrete",
@@ -155,9 +155,9 @@ class Settings:
     def given(self) -> Options:
         """The options that these settings were made of, gradients by name where they have one."""
         o = self.options
-        named = (name for name, strategy in gradients.GRADIENTS.items() if strategy == self.gradient)
+        named = (cast(gradients.GradientName, n) for n, g in gradients.GRADIENTS.items() if g == self.gradient)
         return {
-            "method": "auto" if self.auto else self.tableau.name,
+            "method": "auto" if self.auto else cast(methods.MethodName, self.tableau.name),
             "rtol": self.rtol,
             "atol": self.atol,
             "gradient": next(named, self.gradient),
@@ -189,7 +189,7 @@ def solve(
     state: State,
     t: Times,
     *,
-    method: str = "dopri5",
+    method: methods.MethodName = "dopri5",
     rtol: Tensor | float = 1e-5,
     atol: Tensor | float = 1e-5,
     gradient: gradients.GradientLike = "discrete",

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from nesterov_triton import gates, transforms
 from nesterov_triton._fields import check_field, check_instance
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 from nesterov_triton._numbers import is_number
 
 Field: TypeAlias = Callable[..., Tensor]
@@ -369,3 +369,25 @@ def _broadcast(c: Tensor, x: Tensor) -> Tensor:
     if c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad:
         return c.to(x.dtype)  # goes into the launch by value: a transfer takes the host as long as the product
     return c.to(x.device, x.dtype).reshape(c.shape + (1,) * (x.ndim - c.ndim))
+
+
+__all__ = [
+    "Coefficients",
+    "Field",
+    "FirstOrder",
+    "Form",
+    "Momentum",
+    "System",
+    "Xi",
+    "as_system",
+    "generalised_heavy_ball",
+    "gnesterov",
+    "heavy_ball",
+    "nesterov",
+    "nesterov_scale",
+    "second_order",
+]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

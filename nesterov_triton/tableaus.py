@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, SupportsIndex, TypeVar
 
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 
 __all__ = ["TABLEAUS", "Tableau", "get"]
 
@@ -615,3 +615,10 @@ def named(name: str, methods: Mapping[str, M]) -> M:
     if not isinstance(name, str):
         raise TypeError(f"method must be a name such as 'dopri5', got {type(name).__name__}")
     return lookup("method", name, methods)
+
+
+__all__ = ["TABLEAUS", "Tableau", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

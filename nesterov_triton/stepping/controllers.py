@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 from nesterov_triton._numbers import is_number, plain
 
 
@@ -90,12 +90,13 @@ class PI(Integral):
         return self.alpha / q, self.beta / q
 
 
-ControllerLike: TypeAlias = str | Integral
+ControllerName: TypeAlias = Literal["integral", "pi"]
+ControllerLike: TypeAlias = ControllerName | Integral
 
 CONTROLLERS: dict[str, Integral] = {"integral": Integral(), "pi": PI()}
 
 
-def get(controller: ControllerLike) -> Integral:
+def get(controller: ControllerLike | str) -> Integral:
     """The controller of that name, or the controller itself.
 
     Raises:
@@ -107,3 +108,10 @@ def get(controller: ControllerLike) -> Integral:
     if isinstance(controller, str):
         return lookup("controller", controller, CONTROLLERS)
     raise TypeError(f"controller must be a name or a controller object, got {type(controller).__name__}")
+
+
+__all__ = ["CONTROLLERS", "PI", "ControllerLike", "ControllerName", "Integral", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())
