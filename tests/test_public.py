@@ -14,7 +14,10 @@ def test_dir_shows_what_is_public(name):
     assert shown == sorted(module.__all__)
     for each in shown:
         owner = getattr(getattr(module, each), "__module__", None)
-        assert owner is None or owner.startswith(("nesterov_triton", "typing", "types", "collections.abc")), (each, owner)
+        assert owner is None or owner.startswith(("nesterov_triton", "typing", "types", "collections.abc")), (
+            each,
+            owner,
+        )
     foreign = {"annotations", "dataclass", "lookup", "torch", "math", "Tensor", "Callable", "cast", "flow", "nn"}
     assert not foreign & set(shown)
     assert "__doc__" in dir(module)
