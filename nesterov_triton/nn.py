@@ -23,6 +23,7 @@ from nesterov_triton.status import Stats
 from nesterov_triton.systems import Field, Form, Momentum, System, Xi
 
 TIMES = (1.0, 2.0)
+OPTIONS = frozenset(Options.__annotations__)
 
 
 class LayerOptions(Options, total=False):
@@ -121,13 +122,13 @@ class Layer(nn.Module):
 
     def _check_names(self, options: Mapping[str, object]) -> None:
         for name in options:
-            if name not in Options.__annotations__:
+            if name not in OPTIONS:
                 choices = _option_names(type(self))
                 raise TypeError(unknown(f"option of {type(self).__name__}", name, choices, _owners(name)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Where they would be written, nothing reads them.
-        if name in Options.__annotations__:
+        if name in OPTIONS:
             raise AttributeError(f"{name} is an option of the solver: set it with layer.configure({name}=...)")
         if name == "options":
             raise AttributeError("options are to be read; set them with layer.configure(...)")

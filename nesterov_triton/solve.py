@@ -251,7 +251,7 @@ def solve(
         max_steps=max_steps,
         loop=loop,
     )
-    _refuse_layer(system)
+    refuse_layer("system", system)
     bound = as_system(system)
     h = check_state(bound, state)
     times = check_times(bound, t)
@@ -377,15 +377,14 @@ def _solve_without_gradient(problem: Problem) -> list[Tensor]:
     return refuse_gradients(states, graphs[0]) if graphs else states
 
 
-def _refuse_layer(system: object) -> None:
+def refuse_layer(name: str, system: object) -> None:
     """Raise for a layer, which takes (h, t) where a field takes (t, h)."""
     if isinstance(system, nn.Module) and isinstance(system._modules.get("system"), System):
         from nesterov_triton.nn import Layer  # above this module
 
         if isinstance(system, Layer):
-            raise TypeError(
-                f"system must be a system or f(t, y), got the layer {type(system).__name__}; pass layer.system"
-            )
+            kind = type(system).__name__
+            raise TypeError(f"{name} must be a system or f(t, y), got the layer {kind}; pass layer.system")
 
 
 def check_state(system: System, state: object) -> Tensor:

@@ -111,6 +111,15 @@ def test_by_inductor(model, method, gradient):
 
 
 @pytest.mark.slow
+def test_inductor_s_wrapper_in_cpp():
+    """Around the kernels C++ instead of Python: forward, and backward where nothing is kept."""
+    layer, h = layer_of("GNesterovNODE", gradient="adjoint"), features(3, 2)
+    fast = torch.compile(layer, fullgraph=True, options={"cpp_wrapper": True})
+    agree(layer, run=fast)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(h), layer(h), rtol=1e-10, atol=1e-10)
+
+
 def test_steps_taken_back_by_inductor():
     """Loops in loops."""
     gradient = nt.gradients.Reversible(every=2)

@@ -139,6 +139,8 @@ def test_a_layer_in_place_of_its_system():
     for make in (nt.NODE, nt.GNesterovNODE):
         with raises(TypeError, rf"got the layer {make.__name__}; pass layer\.system"):
             nt.solve(make(field()), features(2, 2), (0.0, 1.0))
+        with raises(TypeError, rf"func .*got the layer {make.__name__}; pass layer\.system"):
+            nt.odeint(make(field()), features(2, 2), torch.tensor([0.0, 1.0]))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

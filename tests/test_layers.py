@@ -532,7 +532,9 @@ def test_times_that_are_parameters_are_the_layers():
 
 
 @pytest.mark.parametrize("form", ["absorbed", "exact"])
-@pytest.mark.parametrize("gate", ["softclip", "hardtanh", "identity", torch.atan, torch.relu], ids=str)
+@pytest.mark.parametrize(
+    "gate", ["softclip", "hardtanh", "identity", torch.atan, torch.relu], ids=lambda g: getattr(g, "__name__", g)
+)
 def test_inference_mode_is_no_grad(gate, form):
     """A callable gate's derivative was zero there: in the velocity, and in the start of the exact form."""
     layer = nt.GNesterovNODE(lambda t, h: torch.sin(h), gate=gate, xi=0.5, form=form)

@@ -22,7 +22,7 @@ from nesterov_triton.interop import options as opt
 from nesterov_triton.interop.names import name_of
 from nesterov_triton.interop.norms import AdjointMeasure, StateMeasure, Tolerances, tolerance
 from nesterov_triton.interop.states import Adapted, AdaptedModule, Function, Layout, State
-from nesterov_triton.solve import Settings, bind, check_state, check_times, run
+from nesterov_triton.solve import Settings, bind, check_state, check_times, refuse_layer, run
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping.loop import LoopOptions, finite_everywhere, fixed_steps
 from nesterov_triton.systems import FirstOrder, Momentum, System
@@ -65,6 +65,7 @@ class Call:
     ) -> None:
         if not callable(cast(object, func)) and not isinstance(func, System):
             raise TypeError(f"func must be a module or function (t, y) -> dy/dt, got {type(func).__name__}")
+        refuse_layer("func", func)
         if not isinstance(args, tuple | list):
             raise TypeError(
                 f"args must be a tuple of what func is called with beside t and y, got {type(args).__name__}"
