@@ -33,20 +33,22 @@ class Evaluation:
         inputs = (*self.leaves, *params) if self.time is None else (*self.leaves, self.time, *params)
         if not self.u.requires_grad:  # a field that depends on nothing
             return (None,) * n, None, (None,) * len(params)
-        grads = _vjp(self.u, inputs, g.view(self.u.shape), self.retain)
+        grads = vjp((self.u,), inputs, (g.view(self.u.shape),), self.retain)
         through = [None if v is None else v.reshape(-1) for v in grads[:n]]
         if self.time is None:
             return through, None, grads[n:]
         return through, grads[n], grads[n + 1 :]
 
 
-def _vjp(u: Tensor, inputs: tuple[Tensor, ...], g: Tensor, retain: bool) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad(u, inputs, g, retain, allow_unused=True)`; the engine alone where there is nothing to look
-    for: a fifth of the time on small fields goes into checks of what is known to be right."""
-    if has_torch_function((u, *inputs)):
-        return torch.autograd.grad(u, inputs, g, retain, allow_unused=True)
+def vjp(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor], retain: bool
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad(outputs, inputs, grads, retain, allow_unused=True)`; the engine alone where there is nothing
+    to look for: a fifth of the time on small fields goes into checks of what is known to be right."""
+    if has_torch_function((*outputs, *inputs)):
+        return torch.autograd.grad(outputs, inputs, grads, retain, allow_unused=True)
     found: Sequence[Tensor | None] = _engine_run_backward(
-        (u,), (g,), retain, False, inputs, True, accumulate_grad=False
+        tuple(outputs), tuple(grads), retain, False, tuple(inputs), True, accumulate_grad=False
     )
     return found
 
@@ -64,6 +66,7 @@ class Network:
 
     Attributes:
         evaluations: calls so far.
+        retain: as given.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Network:
         retain: bool = False,
     ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self._retain = retain
+        self.retain = retain
         self.evaluations = 0
         self._field, self._autocast, self._watch, self._on_output = field, autocast, watch, on_output
 
@@ -111,7 +114,7 @@ class Network:
         leaves = tuple(f.detach().requires_grad_() for f in features)
         time = t.detach().requires_grad_() if time_grads else None
         with torch.enable_grad():
-            return Evaluation(leaves, time, self(t if time is None else time, *leaves), self._retain)
+            return Evaluation(leaves, time, self(t if time is None else time, *leaves), self.retain)
 
     def _first(self, t: Tensor, *features: Tensor) -> Tensor:
         """The first evaluation, looked at for what would be wrong every time."""
