@@ -34,20 +34,22 @@ class Evaluation:
         inputs = (*self.leaves, *params) if self.time is None else (*self.leaves, self.time, *params)
         if not self.u.requires_grad:  # a field that depends on nothing
             return (None,) * n, None, (None,) * len(params)
-        grads = _vjp(self.u, inputs, g.view(self.u.shape), self.retain)
+        grads = vjp((self.u,), inputs, (g.view(self.u.shape),), self.retain)
         through = [None if v is None else v.reshape(-1) for v in grads[:n]]
         if self.time is None:
             return through, None, grads[n:]
         return through, grads[n], grads[n + 1 :]
 
 
-def _vjp(u: Tensor, inputs: tuple[Tensor, ...], g: Tensor, retain: bool) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad(u, inputs, g, retain, allow_unused=True)`; the engine alone where there is nothing to look
-    for: a fifth of the time on small fields goes into checks of what is known to be right."""
-    if has_torch_function((u, *inputs)):
-        return torch.autograd.grad(u, inputs, g, retain, allow_unused=True)
+def vjp(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor], retain: bool
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad(outputs, inputs, grads, retain, allow_unused=True)`; the engine alone where there is nothing
+    to look for: a fifth of the time on small fields goes into checks of what is known to be right."""
+    if has_torch_function((*outputs, *inputs)):
+        return torch.autograd.grad(outputs, inputs, grads, retain, allow_unused=True)
     found: Sequence[Tensor | None] = _engine_run_backward(
-        (u,), (g,), retain, False, inputs, True, accumulate_grad=False
+        tuple(outputs), tuple(grads), retain, False, tuple(inputs), True, accumulate_grad=False
     )
     return found
 
@@ -76,7 +78,8 @@ class Network:
     Attributes:
         evaluations: calls so far.
         first: with `remember` the first of them, on a CPU.
-        expected: what `taped` is to give where it is given the same, if that is known: the field may have changed.
+        expected: what a call is to give where it is given the same, if that is known: the field may have changed.
+        retain: as given.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Network:
     ) -> None:
         self._args = args
         self.shape, self.dtype, self.device = shape, dtype, device
-        self._retain = retain
+        self.retain = retain
         self.evaluations = 0
         self.first: Seen | None = None
         self.expected: Seen | None = None
@@ -118,6 +121,8 @@ class Network:
         self.evaluations += 1
         if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
             u = self._checked(u)
+        if self.expected is not None:
+            self._compare(self.expected, t, features, u)
         if self._on_output is not None:
             tracked = transforms.tracked(u)
             if tracked is not None:
@@ -130,10 +135,7 @@ class Network:
         leaves = tuple(f.detach().requires_grad_() for f in features)
         time = t.detach().requires_grad_() if time_grads else None
         with torch.enable_grad():
-            u = self(t if time is None else time, *leaves)
-        if self.expected is not None:
-            self._compare(self.expected, t, leaves, u)
-        return Evaluation(leaves, time, u, self._retain)
+            return Evaluation(leaves, time, self(t if time is None else time, *leaves), self.retain)
 
     def _compare(self, expected: Seen, t: Tensor, features: Sequence[Tensor], u: Tensor) -> None:
         """Raise where the field is given what it was given once, and gives something else.
@@ -145,7 +147,7 @@ class Network:
             return
         if torch.equal(u, expected.u):
             return
-        size, off = expected.u.abs().amax(), (u.detach() - expected.u).abs().amax()
+        size, off = expected.u.abs().max(), (u.detach() - expected.u).abs().max()
         if not bool(off <= torch.finfo(u.dtype).eps ** 0.5 * size):
             raise RuntimeError(
                 f"the field {self._name()} gives another output in the backward pass than it gave in the forward pass "

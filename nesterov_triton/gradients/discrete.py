@@ -36,6 +36,7 @@ from nesterov_triton.gradients.leaves import (
 from nesterov_triton.gradients.nystrom_sweep import KeptNystrom, NystromSweep, given
 from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem, ways_between
+from nesterov_triton.gradients.step_sweep import RecordedRK, StepSweep, goes_by_steps
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops import runge_kutta
@@ -296,14 +297,17 @@ class Kept:
     def __init__(self, problem: Problem, flow: Flow) -> None:
         self.flow, self._problem = flow, problem
         method, times = problem.method, problem.times.tolist()
-        self._sweep: NystromSweep | ReverseSweep
-        self.stepper: KeptNystrom | _KeptRK
+        self._sweep: NystromSweep | ReverseSweep | StepSweep
+        self.stepper: KeptNystrom | _KeptRK | RecordedRK
+        dense = len(times) > 2 or problem.options.grid is not None
         if isinstance(method, Nystrom):
             self._sweep = NystromSweep(method, flow, times)
             self.stepper = KeptNystrom(self._sweep, problem.z, problem.tolerance)
+        elif goes_by_steps(method, flow):
+            self._sweep = StepSweep(method, flow, times, problem.edge)
+            self.stepper = RecordedRK(method, flow, problem.z.detach(), dense, problem.edge)
         else:
             self._sweep = ReverseSweep(method, flow, times, problem.edge)
-            dense = len(times) > 2 or problem.options.grid is not None
             self.stepper = _KeptRK(method, flow, problem.z, problem.tolerance, dense, problem.edge)
         self._taken: list[Any] = []
 
@@ -430,7 +434,7 @@ class Sweep(Protocol):
 def _sweep(kernels: bool, problem: Problem, flow: Flow, copies: bool) -> Sweep:
     tableau, times = problem.tableau, problem.times.tolist()
     if not kernels:
-        return ReverseSweep(tableau, flow, times, problem.edge)
+        return (StepSweep if goes_by_steps(tableau, flow) else ReverseSweep)(tableau, flow, times, problem.edge)
     return (FusedFirstOrderSweep if flow.rows == 1 else FusedMomentumSweep)(tableau, flow, times, copies)
 
 

@@ -34,9 +34,7 @@ def refuse_unseen(u: Tensor, seen: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: naming their shapes.
     """
-    unseen = unseen_leaves(u, seen)
-    if unseen:
-        raise RuntimeError(_lost(unseen))
+    Sight(seen).check(u)
 
 
 def check_gates(system: Momentum, dtype: torch.dtype, device: torch.device) -> None:
@@ -140,21 +138,45 @@ def refuse_gradients(states: Sequence[Tensor], u: Tensor) -> list[Tensor]:
 
 def unseen_leaves(u: Tensor, seen: Sequence[Tensor]) -> list[Tensor]:
     """The leaves of u's autograd graph that need gradients and are not among `seen`: tensors a closure brought in."""
-    known = {id(t) for t in seen}
-    stops = {t.grad_fn for t in seen if t.grad_fn is not None}  # what made a tensor that is seen is not looked into
-    found: list[Tensor] = []
-    stack: list[Any] = [u.grad_fn]
-    visited = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited or node in stops:
-            continue
-        visited.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            found.append(leaf)
-        stack.extend(following for following, _ in node.next_functions)
-    return found
+    return Sight(seen).unseen(u)
+
+
+class Sight:
+    """Looks for the same in the graphs of one evaluation after another, which all end in the same tensors."""
+
+    def __init__(self, seen: Sequence[Tensor]) -> None:
+        self._seen = {id(t) for t in seen}
+        # What made a tensor that is seen is not looked into; nor are the nodes of leaves that have been found seen.
+        self._ends: set[Any] = {t.grad_fn for t in seen if t.grad_fn is not None}
+
+    def unseen(self, u: Tensor, *own: Tensor) -> list[Tensor]:
+        """The leaves of u's graph that need gradients and are neither seen nor among `own`."""
+        found: list[Tensor] = []
+        stack: list[Any] = [u.grad_fn]
+        visited = {None, *self._ends}
+        while stack:
+            node = stack.pop()
+            if node in visited:
+                continue
+            visited.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is None:
+                stack.extend([following for following, _ in node.next_functions])
+            elif id(leaf) in self._seen:
+                self._ends.add(node)
+            elif not any(leaf is x for x in own):
+                found.append(leaf)
+        return found
+
+    def check(self, u: Tensor, *own: Tensor) -> None:
+        """Raise where there are any.
+
+        Raises:
+            RuntimeError: naming their shapes.
+        """
+        unseen = self.unseen(u, *own)
+        if unseen:
+            raise RuntimeError(_lost(unseen))
 
 
 def _check_gate(gate: gates.Elementwise, dtype: torch.dtype, device: torch.device) -> None:
