@@ -50,8 +50,8 @@ class Layer(nn.Module):
             "auto": see `nesterov_triton.solve`.
         rtol, atol: tolerances of an adaptive method, numbers or tensors that broadcast with h.
         gradient: "discrete" (exact gradient of the steps taken), "adjoint" (the adjoint equation, memory independent of
-            the number of steps), "reversible" (exact too, the steps taken back), "backprop" (plain autograd, also
-            second derivatives), or an object.
+            the number of steps), "reversible" (exact too, the steps taken back), "backprop" (plain autograd, for
+            derivatives of any order), or an object.
         controller: "integral", "pi", or an object; None for the method's own.
         step_size: the step of a fixed-step method, or of one for momentum systems.
         first_step: the first step of an adaptive method; chosen by itself without.
@@ -269,7 +269,7 @@ class MomentumLayer(Layer):
     Args:
         system: the momentum system.
         initial_velocity: a module h(t0) -> velocity of h's shape, or None for zeros. It is m(t0), except in the exact
-            form, where it is h'(t0).
+            form, where it is h'(t0) (with a gate on the momentum: what h'(t0) would be without it).
         options: see `Layer`.
     """
 

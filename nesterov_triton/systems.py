@@ -336,8 +336,9 @@ def generalised_heavy_ball(field: Field, gate: gates.GateLike = "softclip", xi: 
 
 
 def nesterov(field: Field, form: Form = "absorbed", damping_factor: float = 3.0) -> Momentum:
-    """NesterovNODE (Nguyen et al. 2022): h = k(t) x, x' = m, m' = -m - f(t, h), for t > 0; for the arguments see
-    `Momentum`."""
+    """NesterovNODE (Nguyen et al. 2022): h = k(t) x, x' = m, m' = -m - f(t, h), for t > 0.
+
+    For the arguments (field, form, damping_factor) see `Momentum`."""
     return Momentum(field, nesterov=True, damping=1.0, sign=-1.0, form=form, damping_factor=damping_factor)
 
 
