@@ -9,7 +9,9 @@ import itertools
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from support import FIXED, MODELS, Field, features, gradients, largest_difference
+from torch._dynamo.backends.common import aot_autograd
 
 import nesterov_triton as nt
 from nesterov_triton.status import Stats
@@ -297,20 +299,21 @@ def test_a_changed_setting_is_noticed(dynamic):
 
 
 def test_a_compiled_loop_never_asks_the_host():
-    """The graph has one loop, and no operator in it hands a value to Python."""
-    reads = []
+    """Forward and backward are one loop each, and no operator hands a value to the host."""
+    aten, seen = torch.ops.aten, []
 
     def look(graph, _):
-        for module in graph.modules():
-            if isinstance(module, torch.fx.GraphModule):
-                reads.extend(n.target for n in module.graph.nodes if n.op == "call_method" and n.target in READS)
-        return graph.forward
+        modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        seen.append([n.target for m in modules for n in m.graph.nodes if n.op == "call_function"])
+        return make_boxed_func(graph.forward)
 
-    compiled(layer_of("GNesterovNODE"), look)(features(3, 2).requires_grad_())
-    assert reads == []
-
-
-READS = {"item", "tolist", "numpy", "__bool__", "nonzero"}
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    compiled(layer_of("GNesterovNODE"), backend)(features(3, 2).requires_grad_()).sum().backward()
+    assert len(seen) == 2
+    reads = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.nonzero.default}
+    for targets in seen:
+        assert sum("while_loop" in str(target) for target in targets) == 1
+        assert not reads & {t for t in targets if isinstance(t, torch._ops.OpOverload)}
 
 
 # --- failures
@@ -321,6 +324,24 @@ def test_a_solve_that_fails_is_nan_and_says_so():
     out = compiled(layer)(features(3, 2).abs() + 1)
     assert bool(torch.isnan(out).all())
     assert counts(layer.stats)[0] + counts(layer.stats)[1] == 20
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        (lambda t, y: 50 * y * y, nt.Status.MAX_STEPS),
+        (lambda t, y: y * torch.nan, nt.Status.NON_FINITE),
+        (lambda t, y: y, nt.Status.SUCCESS),
+    ],
+)
+def test_the_status_of_a_compiled_solve_is_the_eager_one_s(field, status):
+    y0 = features(3, 2).abs() + 1
+    eager = nt.solve(field, y0, (0.0, 1.0), max_steps=40, throw=False)
+    solution = torch.compile(
+        lambda y: nt.solve(field, y, (0.0, 1.0), max_steps=40, throw=False), fullgraph=True, backend="eager"
+    )(y0)
+    assert eager.status is status
+    assert list(nt.Status)[int(solution.status)] is status
 
 
 def test_a_field_that_is_not_finite_gives_nan():

@@ -155,11 +155,18 @@ def test_a_loop_made_in_inference_mode_serves_training(gradient):
         first = layer(h)
     with torch.no_grad():
         torch.testing.assert_close(layer(h), first, rtol=0, atol=0)
-    h.requires_grad_()
-    layer(h).sum().backward()
-    with torch.inference_mode():
-        layer(h.detach())
-    layer(h).sum().backward()
+    eager = copy.deepcopy(layer).configure(loop="eager")
+    found = []
+    for each in (layer, eager):
+        x = h.clone().requires_grad_()
+        each(x).sum().backward()
+        with torch.inference_mode():
+            each(h)
+        each(x).sum().backward()
+        found.append([x.grad, *(p.grad for p in each.parameters())])
+    assert layer.stats.loop.startswith(BY)
+    assert layer.stats.loop_backward.startswith(BY)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 class Einsum(nn.Module):
