@@ -57,7 +57,7 @@ def test_what_a_part_had_found_is_there_when_it_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "why"), [(0, ""), (None, "timed out after 60 s"), (-9, "ended with status -9"), (1, "ValueError: mine")]
+    ("status", "why"), [(0, ""), (None, "timed out after 90 s"), (-9, "ended with status -9"), (1, "ValueError: mine")]
 )
 def test_a_part_is_a_process_of_its_own(monkeypatch, status, why):
     def wait(command, limit, *_, **__):
