@@ -173,7 +173,8 @@ def test_no_host_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_missing_page_is_no_file(host: Host, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="HTTP 404"):
-        files.find(wanted(host, url=host.url + "s"), tmp_path)
+        files.find(wanted(host, url=host.url + "s"), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_command_says_it_too(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,7 +236,10 @@ class Evolution(nn.Module):
         super().__init__()
         self.system = build_system(model, field, gate, xi, damping_factor)
         # Now, not in the first batch.
-        Settings.make(**solver).of(nt.systems.FirstOrder(field) if scaled else self.system)
+        solved = self.system
+        if scaled and isinstance(solved, Momentum):
+            solved = nt.systems.FirstOrder(FirstOrderForm(solved))
+        Settings.make(**solver).of(solved)
         self.solver = solver
         self.stats = nt.Stats()
 

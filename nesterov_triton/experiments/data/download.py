@@ -35,7 +35,6 @@ def download(
         DownloadError: no connection, or a wrong file; a file that failed the check is not kept.
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     problem = ""
     for attempt in range(ATTEMPTS):
@@ -114,6 +113,7 @@ def _rest(url: str, part: Path, size: int | None) -> str | None:
             raise DownloadError(f"what it holds has {total:,} bytes")
         columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
+        part.parent.mkdir(parents=True, exist_ok=True)  # not where nothing comes
         with (
             Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
             open(part, "ab" if done else "wb") as file,
