@@ -106,7 +106,9 @@ class Call:
 
     def _check_momentum(self, system: Momentum, params: Sequence[Tensor] | None) -> None:
         if self.args:
-            raise ValueError("args are for functions; a momentum system's field is called as f(t, h)")
+            raise ValueError(
+                "args are for functions here; for a momentum system use nt.solve(system, (x, m), t, args=...)"
+            )
         if params is not None:
             raise ValueError("adjoint_params are for functions; a momentum system's parameters are its own")
         if not isinstance(self.y0, tuple | list):
