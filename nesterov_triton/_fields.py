@@ -125,7 +125,8 @@ def _binds(signature: inspect.Signature, given: Sequence[object], partly: bool =
         (signature.bind_partial if partly else signature.bind)(*given)
     except TypeError:
         return False
-    return True
+    # What goes by name alone is never given.
+    return not any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in signature.parameters.values())
 
 
 def _other_arguments(field: Any, arguments: str, signature: inspect.Signature | None) -> str:
