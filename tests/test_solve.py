@@ -427,3 +427,13 @@ def test_an_interval_shorter_than_any_trial_step(method, direction):
     assert float(times.min()) >= min(1.0, end)
     assert float(times.max()) <= max(1.0, end)
     assert len(torch.unique(times)) > 1
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "backprop"])
+def test_a_field_may_return_memory_that_it_writes_to_again(gradient):
+    y = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    held = torch.empty_like(y)
+    arguments = (y, (0.0, 1.0))
+    options = {"method": "rk4", "step_size": 0.25, "gradient": gradient}
+    found = nt.solve(lambda t, h: torch.sub(t, h, out=held), *arguments, **options).final
+    assert torch.equal(found, nt.solve(lambda t, h: t - h, *arguments, **options).final)
