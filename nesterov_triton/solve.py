@@ -431,7 +431,7 @@ def check_tensor(name: str, value: object, system: System) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it, say with .float()")
     if isinstance(system.field, nn.Module):
-        p = next(system.field.parameters(), None)
+        p = _first_parameter(system.field)
         if p is not None and p.device != value.device:
             raise ValueError(f"{name} is on {value.device} and the field's parameters on {p.device}; move one of them")
     # A tracer knows no values, and vmap hides them; a compiled solve that meets NaN ends with a status.
@@ -441,6 +441,15 @@ def check_tensor(name: str, value: object, system: System) -> None:
     total = value.detach().sum(dtype=torch.float32 if value.element_size() < 4 else None)
     if not math.isfinite(total) and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} holds NaN or infinite values; clean the input")
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    """`next(module.parameters(), None)`, which takes as long as a small layer."""
+    for p in module._parameters.values():
+        if p is not None:
+            return p
+    found = (_first_parameter(child) for child in module._modules.values() if child is not None)
+    return next((p for p in found if p is not None), None)
 
 
 def check_times(system: System, t: object) -> Tensor:

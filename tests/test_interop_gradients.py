@@ -189,6 +189,28 @@ def test_unused_parameters_get_zeros(gradient):
     assert f.a.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
+def test_fixed_steps_keep_their_graphs_as_torchdiffeqs_do(method):
+    def run(odeint, **keywords):
+        f, y0 = Field(3, 4), features(2, 3).requires_grad_()
+        f.calls = 0
+        f.register_forward_hook(lambda *_: setattr(f, "calls", f.calls + 1))
+        states = odeint(f, y0, tensor(0.0, 0.3, 1.0), method=method, options={"step_size": 0.1}, **keywords)
+        forward = f.calls
+        loss(states).backward()
+        return states.detach(), [y0.grad, *(p.grad for p in f.parameters())], f.calls - forward
+
+    states, grads, again = run(nt.odeint)
+    theirs, expected, _ = run(torchdiffeq.odeint)
+    torch.testing.assert_close(states, theirs, rtol=1e-13, atol=1e-13)
+    check(grads, expected, 1e-12)
+    assert again == 0
+    same, exact, again = run(nt.odeint, gradient="discrete")
+    assert torch.equal(states, same)
+    check(grads, exact, 1e-13)
+    assert again > 0
+
+
 @pytest.mark.parametrize("reach", ["closure", "attribute", "upstream"])
 def test_tensors_that_the_adjoint_cannot_see_are_an_error(reach):
     theta = features(3, 3, seed=4).requires_grad_()

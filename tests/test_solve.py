@@ -450,3 +450,13 @@ def test_a_short_interval_does_not_shorten_the_steps_of_the_next(gap, loop):
         layer(h.requires_grad_()).sum().backward()
         spent.append(layer.stats.nfe_backward)
     assert spent[1] <= spent[0] + 10  # a start, a step and a change of the slope more
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "backprop"])
+def test_a_field_may_return_memory_that_it_writes_to_again(gradient):
+    y = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    held = torch.empty_like(y)
+    arguments = (y, (0.0, 1.0))
+    options = {"method": "rk4", "step_size": 0.25, "gradient": gradient}
+    found = nt.solve(lambda t, h: torch.sub(t, h, out=held), *arguments, **options).final
+    assert torch.equal(found, nt.solve(lambda t, h: t - h, *arguments, **options).final)

@@ -36,7 +36,7 @@ from nesterov_triton.gradients.leaves import (
 from nesterov_triton.gradients.nystrom_sweep import KeptNystrom, NystromSweep, given
 from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem, ways_between
-from nesterov_triton.gradients.step_sweep import RecordedRK, StepSweep, goes_by_steps
+from nesterov_triton.gradients.step_sweep import RecordedSteps, StepSweep, goes_by_steps
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops import runge_kutta
@@ -298,14 +298,14 @@ class Kept:
         self.flow, self._problem = flow, problem
         method, times = problem.method, problem.times.tolist()
         self._sweep: NystromSweep | ReverseSweep | StepSweep
-        self.stepper: KeptNystrom | _KeptRK | RecordedRK
+        self.stepper: KeptNystrom | _KeptRK | RecordedSteps
         dense = len(times) > 2 or problem.options.grid is not None
         if isinstance(method, Nystrom):
             self._sweep = NystromSweep(method, flow, times)
             self.stepper = KeptNystrom(self._sweep, problem.z, problem.tolerance)
         elif goes_by_steps(method, flow):
             self._sweep = StepSweep(method, flow, times, problem.edge)
-            self.stepper = RecordedRK(method, flow, problem.z.detach(), dense, problem.edge)
+            self.stepper = RecordedSteps(method, flow, problem.z.detach(), dense, problem.edge)
         else:
             self._sweep = ReverseSweep(method, flow, times, problem.edge)
             self.stepper = _KeptRK(method, flow, problem.z, problem.tolerance, dense, problem.edge)

@@ -11,9 +11,10 @@ from nesterov_triton.gradients.problem import Problem
 from nesterov_triton.kernels import Path
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.status import SolveError, Status
-from nesterov_triton.stepping import device_loop
+from nesterov_triton.stepping import device_loop, first_order
 from nesterov_triton.stepping.device_loop import DeviceLoop
 from nesterov_triton.stepping.explicit_rk import ExplicitRK
+from nesterov_triton.stepping.first_order import FirstOrderSteps
 from nesterov_triton.stepping.fused_nystrom import FusedNystrom
 from nesterov_triton.stepping.fused_rk import FusedFirstOrderRK, FusedMomentumRK
 from nesterov_triton.stepping.loop import AcceptedStep, OnAccept, Progress, finite_everywhere, integrate
@@ -87,11 +88,14 @@ def _stepper(problem: Problem, flow: Flow, path: Path, differentiable: bool) -> 
         return NystromStepper(
             problem.method, flow, problem.z, problem.tolerance, differentiable=differentiable, axis=axis
         )
+    like = problem.z if differentiable else problem.z.detach()
+    if axis is None and first_order.takes(problem.method, flow):
+        return FirstOrderSteps(problem.tableau, flow, like, dense=dense, inside=problem.edge)
     return ExplicitRK(
         problem.tableau,
         flow,
         flow.rows,
-        problem.z if differentiable else problem.z.detach(),
+        like,
         problem.tolerance,
         dense=dense,
         differentiable=differentiable,

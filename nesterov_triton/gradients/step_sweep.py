@@ -17,15 +17,15 @@ from nesterov_triton.gradients.leaves import Sight
 from nesterov_triton.gradients.totals import Totals, accumulate
 from nesterov_triton.methods import Method
 from nesterov_triton.network import vjp
-from nesterov_triton.nystrom import Nystrom
-from nesterov_triton.stepping.explicit_rk import ExplicitRK
+from nesterov_triton.stepping import first_order
+from nesterov_triton.stepping.first_order import FirstOrderSteps
 from nesterov_triton.stepping.loop import AcceptedStep
 from nesterov_triton.tableaus import Tableau
 
 
 def goes_by_steps(method: Method, flow: Flow) -> bool:
     """Whether `StepSweep` is for them. It gives no gradients of the times."""
-    return not isinstance(method, Nystrom) and not method.adaptive and flow.rows == 1 and not flow.time_grads
+    return first_order.takes(method, flow) and not flow.time_grads
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Recorded:
     inside: dict[int, Tensor] = field(default_factory=dict)
 
 
-class RecordedRK(ExplicitRK):
+class RecordedSteps(FirstOrderSteps):
     """Steps that are recorded, each from a leaf of its own.
 
     Attributes:
@@ -47,7 +47,7 @@ class RecordedRK(ExplicitRK):
     last: Recorded
 
     def __init__(self, tableau: Tableau, flow: Flow, like: Tensor, dense: bool, inside: torch.dtype | None) -> None:
-        super().__init__(tableau, flow, flow.rows, like, None, dense=dense, differentiable=True, inside=inside)
+        super().__init__(tableau, flow, like, dense=dense, inside=inside)
         self._sight = Sight(flow.params)
 
     def step(self, t: float, t1: float, z: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class StepSweep:
     def __init__(self, tableau: Tableau, flow: Flow, times: Sequence[float], inside: torch.dtype | None) -> None:
         self.tableau, self.flow, self.requested, self._edge = tableau, flow, times, inside
         self.totals, self.products = Totals(flow), 0
-        self._stepper: RecordedRK | None = None
+        self._stepper: RecordedSteps | None = None
 
     def step(
         self,
@@ -121,9 +121,8 @@ class StepSweep:
     def _take(self, t: float, t1: float, z: Tensor, inside: Sequence[int]) -> Recorded:
         """The step from z again."""
         if self._stepper is None:
-            self._stepper = RecordedRK(self.tableau, self.flow, z, True, self._edge)
+            self._stepper = RecordedSteps(self.tableau, self.flow, z, True, self._edge)
         stepper = self._stepper
-        stepper.restart()
         stepper.step(t, t1, z)
         if inside:
             stepper.interpolate(t, t1, z, [self.requested[k] for k in inside], inside)

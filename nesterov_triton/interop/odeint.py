@@ -54,8 +54,8 @@ def odeint(
         event_fn: event_fn(t, y) -> tensor. The solve ends where one of its elements changes its sign.
         args: what func is called with beside t and y. Tensors among them are differentiated.
         gradient: "discrete", "adjoint", "backprop", or an object from `nesterov_triton.gradients`. Without it the exact
-            gradient of the steps taken: by "discrete", or by "backprop" where func uses tensors that need gradients and
-            are not its parameters.
+            gradient of the steps taken: of fixed ones by "backprop"; of adaptive ones by "discrete", or by "backprop"
+            where func uses tensors that need gradients and are not its parameters.
         return_stats: return the counts (`Stats`) too, last.
         per_sample: adaptive steps for each row of y0, [batch, ...], by itself: a row takes the same steps, and has the
             same answer up to func's own rounding, whatever the other rows are. func is then given the rows' times, of

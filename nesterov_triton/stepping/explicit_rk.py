@@ -296,7 +296,7 @@ class ExplicitRK:
         self._between: OpenState | None = None
         self._products: Products | None = None
         self._estimates: Estimates | None = None
-        if differentiable or (rows == 1 and not tableau.adaptive):  # few stages, in one part each
+        if differentiable:
             self.stages: Stages = StageList(count)
             if tableau.adaptive:
                 self._products = Products(table(tableau, like.dtype, like.device))
