@@ -122,6 +122,11 @@ def test_every_layer_gradient_method_and_status_is_in_its_table():
         assert status is nt.Status.SUCCESS or f"| `{status.name}` |" in section(STEPPING, "How a solve ends")
 
 
+class Field(torch.nn.Sequential):
+    def forward(self, t, h):
+        return super().forward(h)
+
+
 @pytest.mark.parametrize(
     ("quoted", "provoke"),
     [
@@ -146,6 +151,15 @@ def test_every_layer_gradient_method_and_status_is_in_its_table():
         ("state x and m must agree", lambda h: nt.solve(nt.systems.nesterov(torch.sin), (h, h[:1]), (1, 2))),
         ("is defined for the Nesterov systems only", lambda h: nt.systems.Momentum(torch.sin, form="exact")),
         ("initial_velocity returned", lambda h: nt.HBNODE(lambda t, y: y, initial_velocity=lambda y: y[:1])(h)),
+        ("pass an instance", lambda h: nt.NODE(torch.nn.Linear)),
+        ("is called as f", lambda h: nt.NODE(lambda h: h)),
+        ("h, the state, is", lambda h: nt.NODE(Field(torch.nn.Linear(2, 2)))(h.double())),
+        ("do not exist yet", lambda h: nt.NODE(Field(torch.nn.LazyLinear(2)))(h)),
+        ("pass layer.system", lambda h: nt.solve(nt.NODE(torch.sin), h, (0, 1))),
+        ("between equal times there is nothing to solve", lambda h: nt.NODE(lambda t, y: y, t=[1.0, 1.0])),
+        ("'s range", lambda h: nt.NesterovNODE(lambda t, y: y, t=[1.0, 200.0])(h)),
+        ("sign must be 1 or -1", lambda h: nt.systems.Momentum(torch.sin, sign=2.0)),
+        ("t0 needs a gradient", lambda h: nt.odeint_dense(torch.add, h, torch.ones((), requires_grad=True), 2.0)),
         ("gate must be elementwise", lambda h: nt.GHBNODE(lambda t, y: y, gate=lambda x: x[:1])(h)),
     ],
 )
