@@ -44,7 +44,7 @@ TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
 STEP_SIZES = (1 / 4, 1 / 8, 1 / 32)
 
 
-def layer(problem: Problem, gradient: str) -> nt.GNesterovNODE:
+def layer(problem: Problem, gradient: Any) -> nt.GNesterovNODE:
     gate = nt.gates.Softclip(BOUND)
     return nt.GNesterovNODE(
         problem.field, gate=gate, xi=XI, t=(T0, T1), rtol=TOLERANCE, atol=TOLERANCE, gradient=gradient

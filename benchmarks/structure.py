@@ -55,7 +55,7 @@ class Case:
     def gated(self) -> bool:
         return not isinstance(self.system.gate_x, nt.gates.Identity)
 
-    def solve(self, method: str, tolerance: float) -> tuple[int, float]:
+    def solve(self, method: Any, tolerance: float) -> tuple[int, float]:
         """Evaluations, and the error at t1 relative to the solution (root mean squares over x and m)."""
         # Every evaluation more than `MOST` costs an attempt of at most twelve: enough to end a hopeless solve.
         solution = nt.solve(
@@ -215,7 +215,8 @@ def wall_clock(rounds: int) -> tuple[list[Line], dict[str, Any]]:
         h = problem.h0.detach()
         calls: dict[str, Callable[[], object]] = {}
         counts: dict[str, int] = {}
-        for method in (*GENERAL, "nystrom4"):
+        methods: tuple[Any, ...] = (*GENERAL, "nystrom4")
+        for method in methods:
             for tolerance in TOLERANCES:
                 layer = nt.GNesterovNODE(
                     problem.field, gate=nt.gates.Softclip(problems.BOUND), xi=problems.XI, method=method,
@@ -320,7 +321,7 @@ def walks() -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def _walk(problem: Case, method: str, steps: int, dtype: torch.dtype) -> float:
+def _walk(problem: Case, method: Any, steps: int, dtype: torch.dtype) -> float:
     system = problem.system.to(dtype)
     try:
         state = tuple(x.to(dtype) for x in problem.state)

@@ -14,8 +14,13 @@ def interleave(
     rounds: int,
     warm_up: int = 3,
     clock: Callable[[], float] = time.process_time,
+    raised: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds (of CPU time) of each contender in each round; every round runs each one once, in a new order."""
+    """Seconds (of CPU time) of each contender in each round; every round runs each one once, in a new order.
+
+    Args:
+        raised: is told which contender raised what; that one is left out, and the others go on.
+    """
     order = list(contenders)
     shuffle = random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -23,17 +28,27 @@ def interleave(
     gc.collect()
     gc.freeze()
     gc.disable()
-    for number in range(warm_up + rounds):
-        shuffle(order)
-        for name in order:
-            gc.collect()
-            start = clock()
-            contenders[name]()
-            elapsed = clock() - start
-            if number >= warm_up:
-                seconds[name].append(elapsed)
-    gc.enable()
-    gc.unfreeze()
+    try:
+        for number in range(warm_up + rounds):
+            shuffle(order)
+            for name in list(order):
+                gc.collect()
+                try:
+                    start = clock()
+                    contenders[name]()
+                    elapsed = clock() - start
+                except Exception as error:
+                    if raised is None:
+                        raise
+                    raised[name] = f"{type(error).__name__}: {error}"
+                    order.remove(name)
+                    del seconds[name]
+                    continue
+                if number >= warm_up:
+                    seconds[name].append(elapsed)
+    finally:  # whatever comes after is to be collected again
+        gc.enable()
+        gc.unfreeze()
     return seconds
 
 

@@ -10,6 +10,7 @@
 """
 
 from nesterov_triton import gates, gradients, kernels, methods, systems, tableaus
+from nesterov_triton._names import public
 from nesterov_triton.interop import odeint, odeint_adjoint, odeint_dense, odeint_event
 from nesterov_triton.nn import ANODE, GHBNODE, HBNODE, NODE, SONODE, GNesterovNODE, NesterovNODE
 from nesterov_triton.solve import Solution, solve
@@ -43,3 +44,7 @@ __all__ = [
     "systems",
     "tableaus",
 ]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

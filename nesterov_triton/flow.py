@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class Flow:
         self._gates: momentum.Gates | None = None
         if isinstance(system, Momentum):
             self._gates = momentum.Gates.of(system.gate_x, system.gate_f)
-            self._factors: Any = system.rule.coefficients if system.follows_rule else system.coefficients
+            self._rule = system.rule
 
     # -- the time alone ------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,8 @@ class Flow:
         if not isinstance(system, Momentum):
             return Coefficients(None, None, None, None)
         damping = self.scalars.get("damping", system.fixed_damping)
-        return system.coefficients(times, damping, self.scalars.get("xi", system.fixed_xi))
+        found: Coefficients[Tensor] = self._rule.coefficients(times, damping, self.scalars.get("xi", system.fixed_xi))
+        return found
 
     def at(self, times: Sequence[float] | Tensor) -> StageTimes:
         """Everything the right-hand side needs at `times`: numbers, or [s] float64 on the CPU with a graph. Good until
@@ -213,7 +214,7 @@ class Flow:
     def _numbers_at(self, t: float) -> Coefficients[float]:
         """The coefficients of a momentum system. Plain numbers: seven scalars cost less than one operator on a tensor
         of seven."""
-        found: Coefficients[float] = self._factors(t, *self.numbers)
+        found: Coefficients[float] = self._rule.coefficients(t, *self.numbers)
         return found
 
     def _cut(self, times: Tensor, factors: Tensor) -> StageTimes:

@@ -10,13 +10,15 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from nesterov_triton import transforms
-from nesterov_triton._names import lookup
+from nesterov_triton._fields import check_instance
+from nesterov_triton._names import lookup, public
+from nesterov_triton._numbers import is_number, plain
 from nesterov_triton.ops.rows import Row
 
 
@@ -53,9 +55,18 @@ class Gate:
         return self.pullback(grad.flat, grad.flat, y.flat).view(2, -1).unbind(0)
 
 
-def _check_bound(bound: float) -> None:
+def _check_bound(gate: Softclip | Hardtanh) -> None:
+    bound: object = gate.bound
+    if not is_number(bound):
+        learned = "; a gate has no parameters, so that it would not be learned: pass a number"
+        raise TypeError(
+            f"gate bound must be a positive finite number, got {type(bound).__name__}"
+            f"{learned if isinstance(bound, Tensor) else ''}"
+        )
     if not (math.isfinite(bound) and bound > 0):
         raise ValueError(f"gate bound must be a positive finite number, got {bound}")
+    if plain(bound) is not bound:
+        object.__setattr__(gate, "bound", plain(bound))
 
 
 @functools.lru_cache(maxsize=256)
@@ -96,7 +107,7 @@ class Softclip(Gate):
     bound: float = 5.0
 
     def __post_init__(self) -> None:
-        _check_bound(self.bound)
+        _check_bound(self)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         c = self.bound
@@ -159,7 +170,7 @@ class Hardtanh(Gate):
     bound: float = 5.0
 
     def __post_init__(self) -> None:
-        _check_bound(self.bound)
+        _check_bound(self)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         c = self.bound
@@ -183,8 +194,9 @@ class Elementwise(Gate):
     from_value = False
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
-        y = self.function(x)
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or x.is_inference() else x._version
+        y = self.function(x) if compiling else self._called(x)
         if version is not None and x._version != version:
             raise ValueError(f"gate must not change its argument: {self.function!r} works in place; pass inplace=False")
         if y.shape != x.shape or y.dtype != x.dtype:
@@ -194,8 +206,22 @@ class Elementwise(Gate):
             )
         return y if out is None else out.copy_(y)
 
+    def _called(self, x: Tensor) -> Tensor:
+        try:
+            return self.function(x)
+        except RuntimeError as error:
+            own = [*self.function.parameters()] if isinstance(self.function, torch.nn.Module) else []
+            if all(p.dtype == x.dtype and p.device == x.device for p in own):
+                raise
+            raise RuntimeError(
+                f"the gate uses {len(own)} tensor(s) of its own, {own[0].dtype} on {own[0].device}, and is applied to "
+                f"{x.dtype} on {x.device} (times are float64 on the CPU): a callable gate has no parameters. Put what "
+                "is learned into the field"
+            ) from error
+
     def pullback(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or transforms.active():  # where no tensor may be marked as a leaf
+        # Where no tensor may be marked as a leaf, or, in inference mode, no mark means anything.
+        if torch.compiler.is_compiling() or transforms.active() or torch.is_inference_mode_enabled():
             return cast(Tensor, torch.func.vjp(self.function, x)[1](grad)[0])
         # Of times the result is differentiated once more, where a layer returns the velocity.
         again = torch.is_grad_enabled() and (x.requires_grad or grad.requires_grad)
@@ -207,12 +233,13 @@ class Elementwise(Gate):
         return torch.autograd.grad(value, leaf, grad, create_graph=again)[0]
 
 
-GateLike: TypeAlias = str | Gate | Callable[[Tensor], Tensor]
+GateName: TypeAlias = Literal["identity", "tanh", "hardtanh", "softclip"]
+GateLike: TypeAlias = GateName | Gate | Callable[[Tensor], Tensor]
 
 GATES: dict[str, Gate] = {"identity": Identity(), "tanh": Tanh(), "hardtanh": Hardtanh(), "softclip": Softclip()}
 
 
-def get(gate: GateLike) -> Gate:
+def get(gate: GateLike | str) -> Gate:
     """The gate of that name, the gate itself, or an elementwise callable wrapped as one.
 
     Raises:
@@ -223,6 +250,7 @@ def get(gate: GateLike) -> Gate:
         return gate
     if isinstance(gate, str):
         return lookup("gate", gate, GATES)
+    check_instance("gate", gate)
     if callable(gate):
         return Elementwise(gate)
     raise TypeError(f"gate must be a name, a gate object or an elementwise callable, got {type(gate).__name__}")
@@ -250,3 +278,10 @@ def of_form(name: str, bound: float) -> Gate:
     if name == "identity":
         return Identity()
     return lookup("gate form", name, {"softclip": Softclip, "hardtanh": Hardtanh})(bound)
+
+
+__all__ = ["GATES", "Elementwise", "Gate", "GateLike", "GateName", "Hardtanh", "Identity", "Softclip", "Tanh", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nesterov_triton._names import public
 from nesterov_triton.gates import Gate, kernel_form
 from nesterov_triton.ops import dispatch
 from nesterov_triton.systems import Momentum, System
@@ -66,3 +67,10 @@ def available() -> str:
 def _name(gate: Gate) -> str:
     function = getattr(gate, "function", gate)
     return getattr(function, "__name__", type(function).__name__)
+
+
+__all__ = ["Path", "available", "path"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from nesterov_triton import nystrom, tableaus
+from nesterov_triton._names import public
 from nesterov_triton.gates import Identity
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.systems import Momentum, System
@@ -15,6 +16,12 @@ from nesterov_triton.tableaus import Tableau
 Method: TypeAlias = Tableau | Nystrom
 
 METHODS: dict[str, Method] = {**tableaus.TABLEAUS, **nystrom.METHODS}
+MethodName: TypeAlias = Literal[
+    "dopri5", "tsit5", "bosh3", "adaptive_heun", "fehlberg2", "dopri8", "prince_dormand8",
+    "euler", "midpoint", "heun2", "heun3", "rk4", "rk4_38",
+    "nystrom4", "nystrom6", "strang", "blanes_moan4", "auto",
+]  # fmt: skip
+
 GENERAL = tableaus.get("dopri5")  # what takes any system, and any loop
 
 
@@ -26,6 +33,18 @@ def get(name: str) -> Method:
         ValueError: no method has this name; the message gives the nearest one and all of them.
     """
     return tableaus.named(name, {**METHODS, "auto": GENERAL})
+
+
+def takes_steps(name: str) -> bool:
+    """Whether the method of this name takes fixed steps where it is given a step size."""
+    method = get(name)
+    return isinstance(method, Nystrom) or not method.adaptive
+
+
+def reversible(name: str) -> bool:
+    """Whether the steps of the method of this name can be taken back."""
+    method = get(name)
+    return isinstance(method, Nystrom) and method.reversible
 
 
 def choose(system: System, rtol: Tensor | float, atol: Tensor | float, reversible: bool) -> Method:
@@ -51,3 +70,15 @@ def choose(system: System, rtol: Tensor | float, atol: Tensor | float, reversibl
 
 def _smallest(tolerance: Tensor | float) -> float:
     return float(tolerance.min()) if isinstance(tolerance, Tensor) else tolerance
+
+
+def controller_of(method: Method) -> str:
+    """The name of the controller that an adaptive solve by this method has unless it is told otherwise."""
+    return method.controller if isinstance(method, Nystrom) else "integral"
+
+
+__all__ = ["METHODS", "Method", "MethodName", "choose", "controller_of", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import has_torch_function
 
 from nesterov_triton import transforms
+from nesterov_triton._fields import explained, name_of
 from nesterov_triton.systems import Field
 
 
@@ -53,6 +54,14 @@ def vjp(
     return found
 
 
+class Seen(NamedTuple):
+    """What a field was given once, copied, and what it gave."""
+
+    t: float
+    features: tuple[Tensor, ...]
+    u: Tensor
+
+
 class Network:
     """A field, bound to the shape, dtype and device that its output must have.
 
@@ -63,9 +72,13 @@ class Network:
         watch: keep the graph of the first evaluation whatever the grad mode.
         on_output: is shown the outputs that have a graph.
         retain: for `Evaluation`s.
+        args: what the field is called with beside time and features.
+        remember: keep the first evaluation. Of one on a GPU nothing is kept: to compare would be to wait for it.
 
     Attributes:
         evaluations: calls so far.
+        first: with `remember` the first of them, on a CPU.
+        expected: what a call is to give where it is given the same, if that is known: the field may have changed.
         retain: as given.
     """
 
@@ -79,10 +92,16 @@ class Network:
         watch: bool = False,
         on_output: Callable[[Tensor], object] | None = None,
         retain: bool = False,
+        remember: bool = False,
+        args: tuple[Any, ...] = (),
     ) -> None:
+        self._args = args
         self.shape, self.dtype, self.device = shape, dtype, device
         self.retain = retain
         self.evaluations = 0
+        self.first: Seen | None = None
+        self.expected: Seen | None = None
+        self._remember = remember and device.type == "cpu"
         self._field, self._autocast, self._watch, self._on_output = field, autocast, watch, on_output
 
     def __call__(self, t: Tensor, *features: Tensor) -> Tensor:
@@ -94,14 +113,16 @@ class Network:
         """
         call = self._field if self.evaluations else self._first
         if self._autocast is None:
-            u = call(t, *features)
+            u = call(t, *features, *self._args)
         else:
             # Without its cache: that may hold weights cast in the forward pass, without their graph.
             with torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False):
-                u = call(t, *features)
+                u = call(t, *features, *self._args)
         self.evaluations += 1
         if type(u) is not Tensor or u.dtype != self.dtype or u.shape != self.shape or u.device != self.device:
             u = self._checked(u)
+        if self.expected is not None:
+            self._compare(self.expected, t, features, u)
         if self._on_output is not None:
             tracked = transforms.tracked(u)
             if tracked is not None:
@@ -116,16 +137,44 @@ class Network:
         with torch.enable_grad():
             return Evaluation(leaves, time, self(t if time is None else time, *leaves), self.retain)
 
-    def _first(self, t: Tensor, *features: Tensor) -> Tensor:
-        """The first evaluation, looked at for what would be wrong every time."""
+    def _compare(self, expected: Seen, t: Tensor, features: Sequence[Tensor], u: Tensor) -> None:
+        """Raise where the field is given what it was given once, and gives something else.
+
+        Raises:
+            RuntimeError: and says what to do.
+        """
+        if float(t) != expected.t or not all(map(torch.equal, features, expected.features)):
+            return
+        if torch.equal(u, expected.u):
+            return
+        size, off = expected.u.abs().max(), (u.detach() - expected.u).abs().max()
+        if not bool(off <= torch.finfo(u.dtype).eps ** 0.5 * size):
+            raise RuntimeError(
+                f"the field {self._name()} gives another output in the backward pass than it gave in the forward pass "
+                "for the same input: something that it uses has changed since (an attribute, a buffer, its mode), or "
+                "it draws random numbers. Keep it as it was until the backward pass, hand what changes in as params "
+                "or args, or use gradient='backprop' or nt.gradients.Discrete(recompute=False)"
+            )
+
+    def _first(self, t: Tensor, *given: Any) -> Tensor:
+        """The first evaluation, looked at for what would be wrong every time; `given` are the features and args."""
+        features: Sequence[Tensor] = given[: len(given) - len(self._args)]
         versions = [None if x.is_inference() else x._version for x in features]
         with torch.set_grad_enabled(self._watch or torch.is_grad_enabled()):
-            u = self._field(t, *features)
+            try:
+                u = self._field(t, *given)
+            except (TypeError, RuntimeError) as error:
+                told = explained(self._field, features, len(self._args), error, self._autocast is not None)
+                if told is error:
+                    raise
+                raise told from error
         if versions != [None if x.is_inference() else x._version for x in features]:
             raise RuntimeError(
                 f"field {self._name()} changes its input in place, and that is the solver's state; "
                 "use inplace=False, or clone the input first"
             )
+        if self._remember and isinstance(u, Tensor):
+            self.first = Seen(float(t), tuple(f.detach().clone() for f in features), u.detach().clone())
         return u
 
     def _checked(self, u: Any) -> Tensor:
@@ -147,6 +196,4 @@ class Network:
         return u
 
     def _name(self) -> str:
-        field = self._field
-        kind = type(field).__name__
-        return kind if isinstance(field, nn.Module) else getattr(field, "__name__", kind)
+        return name_of(self._field)

@@ -130,6 +130,9 @@ class Nystrom:
         """The nodes, of which dense output needs no more."""
         return self.c
 
+    def __repr__(self) -> str:
+        return f"Nystrom({self.name!r}, order={self.order}, stages={self.stages})"
+
     def __reduce__(self) -> tuple[object, ...]:
         return _registered, (self.name,)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, TypedDict, cast, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gradients, methods, transforms
+from nesterov_triton._fields import check_materialised
 from nesterov_triton._names import lookup
+from nesterov_triton._numbers import is_number, is_whole, plain
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.leaves import check_transforms, refuse_gradients
 from nesterov_triton.gradients.problem import Problem, parameters, trainable
@@ -72,7 +73,7 @@ class Solution:
 class Options(TypedDict, total=False):
     """The keyword arguments that `solve` and the layers share; see `solve` for their meaning."""
 
-    method: str
+    method: methods.MethodName
     rtol: Tensor | float
     atol: Tensor | float
     gradient: gradients.GradientLike
@@ -106,7 +107,7 @@ class Settings:
     def make(
         cls,
         *,
-        method: str = "dopri5",
+        method: methods.MethodName = "dopri5",
         rtol: Tensor | float = 1e-5,
         atol: Tensor | float = 1e-5,
         gradient: gradients.GradientLike = "discrete",
@@ -132,10 +133,13 @@ class Settings:
         elif first_step is not None:
             raise ValueError(f"first_step belongs to adaptive methods and {method!r} takes fixed steps; use step_size")
         for name, value in (("step_size", step_size), ("first_step", first_step)):
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            if value is not None and not (is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if not _is_number(max_steps) or max_steps != int(max_steps) or max_steps < 1:
-            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
+        if not is_whole(max_steps) or max_steps < 1:
+            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}; for no limit say 2**31")
+        step_size = None if step_size is None else plain(step_size)
+        first_step = None if first_step is None else plain(first_step)
+        max_steps = max_steps if type(max_steps) is int else int(max_steps)
         rtol, atol = _tolerance("rtol", rtol), _tolerance("atol", atol)
         if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol == atol == 0:
             raise ValueError("rtol and atol are both 0; give at least one of them a positive value")
@@ -147,6 +151,22 @@ class Settings:
             raise ValueError("loop='graph' and gradient='backprop' exclude each other: leave one of them out")
         options = LoopOptions(_controller(controller, tableau), step_size, first_step, max_steps)
         return cls(tableau, rtol, atol, strategy, options, loop, auto=auto, controller=controller)
+
+    def given(self) -> Options:
+        """The options that these settings were made of, gradients by name where they have one."""
+        o = self.options
+        named = (cast(gradients.GradientName, n) for n, g in gradients.GRADIENTS.items() if g == self.gradient)
+        return {
+            "method": "auto" if self.auto else cast(methods.MethodName, self.tableau.name),
+            "rtol": self.rtol,
+            "atol": self.atol,
+            "gradient": next(named, self.gradient),
+            "controller": self.controller,
+            "step_size": o.step_size,
+            "first_step": o.first_step,
+            "max_steps": o.max_steps,
+            "loop": self.loop,
+        }
 
     def of(self, system: System) -> Settings:
         """These settings with the choice of a method made for the system, where it is to be.
@@ -169,7 +189,7 @@ def solve(
     state: State,
     t: Times,
     *,
-    method: str = "dopri5",
+    method: methods.MethodName = "dopri5",
     rtol: Tensor | float = 1e-5,
     atol: Tensor | float = 1e-5,
     gradient: gradients.GradientLike = "discrete",
@@ -179,6 +199,7 @@ def solve(
     max_steps: int = 10_000,
     loop: Loop = "auto",
     params: Sequence[Tensor] = (),
+    args: Sequence[Any] = (),
     throw: bool = True,
 ) -> Solution:
     """Solve an initial value problem, differentiably.
@@ -208,6 +229,8 @@ def solve(
             takes the same decisions the same way, without a graph. "auto" is "eager" until graphs have been run on a
             GPU.
         params: tensors that f uses and that need gradients, beyond the parameters of an `nn.Module`.
+        args: what f is called with beside t and y, f(t, y, *args), such as a context; the tensors among them are
+            differentiated.
         throw: raise on failure; otherwise the solution says so in its status.
 
     Returns:
@@ -228,10 +251,11 @@ def solve(
         max_steps=max_steps,
         loop=loop,
     )
+    refuse_layer("system", system)
     bound = as_system(system)
     h = check_state(bound, state)
     times = check_times(bound, t)
-    return run(bound, state, h, times, settings.of(bound), params, throw, traced=True)
+    return run(bound, state, h, times, settings.of(bound), params, throw, traced=True, args=args)
 
 
 def run(
@@ -245,16 +269,25 @@ def run(
     stats: Stats | None = None,
     traced: bool = False,
     stand_ins: Mapping[int, Tensor] | None = None,
+    args: Sequence[Any] = (),
 ) -> Solution:
     """`solve` on checked input: `h` is any tensor with the state's shape, dtype and device, `times` from
     `check_times`; `traced` where a tracer sees the settings being made."""
     if torch.compiler.is_compiling():
         from nesterov_triton.compiled import solve as compiled  # takes in all of torch's compiler
 
-        return compiled.run(system, state, times, settings, params, traced)  # type: ignore[return-value]
+        return compiled.run(system, state, times, settings, params, traced, _checked_args(args))  # type: ignore[return-value]
     stats = Stats() if stats is None else stats
     stats.method = settings.tableau.name
-    problem = bind(system, state, h, times, settings, params, stats, stand_ins)
+    args = _checked_args(args)
+    if args:
+        needed = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        params = (*params, *needed)
+        if torch.is_grad_enabled() and not isinstance(settings.gradient, gradients.Backprop):
+            # Leaves, so that what leads to them stays out of the field's own graphs.
+            stand_ins = {id(a): a.detach().requires_grad_() for a in needed}
+            args = tuple(stand_ins.get(id(a), a) for a in args)
+    problem = bind(system, state, h, times, settings, params, stats, stand_ins, args)
     try:
         with problem.without_autocast():
             backprop = isinstance(settings.gradient, gradients.Backprop)
@@ -287,11 +320,13 @@ def bind(
     params: Sequence[Tensor],
     stats: Stats,
     stand_ins: Mapping[int, Tensor] | None = None,
+    args: tuple[Any, ...] = (),
 ) -> Problem:
     """What every gradient strategy is handed; arguments as for `run`.
 
     Raises:
-        TypeError, ValueError: `params` is no sequence of tensors, or a tolerance does not fit the state.
+        TypeError, ValueError: `params` is no sequence of tensors, a tolerance does not fit the state, or a time its
+            dtype.
     """
     if isinstance(cast(object, params), Tensor):
         raise TypeError("params must be a sequence of tensors, got one tensor; pass params=[tensor]")
@@ -300,7 +335,10 @@ def bind(
         if not isinstance(p, Tensor):
             raise TypeError(f"params must hold tensors, params[{i}] is {type(p).__name__}")
     z = torch.cat([s.reshape(-1) for s in state]) if isinstance(state, tuple | list) else state.reshape(-1).contiguous()
+    system.check_range(times.tolist(), h.dtype)
     own = parameters(system.field)
+    if torch.is_grad_enabled():  # without, this may be the dry run that makes them
+        check_materialised(system.field, own)
     kind = h.device.type
     return Problem(
         system=system,
@@ -318,7 +356,16 @@ def bind(
         loop=settings.loop,
         inside=settings.inside,
         stand_ins=stand_ins or {},
+        args=args,
     )
+
+
+def _checked_args(args: Sequence[Any]) -> tuple[Any, ...]:
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args must be a tuple of what the field is called with beside t and h, got {type(args).__name__}"
+        )
+    return tuple(args)
 
 
 def _solve_without_gradient(problem: Problem) -> list[Tensor]:
@@ -328,6 +375,16 @@ def _solve_without_gradient(problem: Problem) -> list[Tensor]:
     with torch.no_grad():
         states = forward(problem, flow)
     return refuse_gradients(states, graphs[0]) if graphs else states
+
+
+def refuse_layer(name: str, system: object) -> None:
+    """Raise for a layer, which takes (h, t) where a field takes (t, h)."""
+    if isinstance(system, nn.Module) and isinstance(system._modules.get("system"), System):
+        from nesterov_triton.nn import Layer  # above this module
+
+        if isinstance(system, Layer):
+            kind = type(system).__name__
+            raise TypeError(f"{name} must be a system or f(t, y), got the layer {kind}; pass layer.system")
 
 
 def check_state(system: System, state: object) -> Tensor:
@@ -354,10 +411,23 @@ def check_state(system: System, state: object) -> Tensor:
     return x
 
 
+# How many steps there are depends on values, of which these tracers see one example.
+_UNTRACED = "its steps depend on values; use torch.export, or torch.compile"
+
+
 def check_tensor(name: str, value: object, system: System) -> None:
     """Raise unless `value` is a finite floating-point tensor on the field's device."""
     if not isinstance(value, Tensor):
+        if isinstance(value, torch.fx.Proxy):
+            raise TypeError(f"{name} must be a tensor, got a Proxy of torch.fx: {_UNTRACED}")
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        raise RuntimeError(f"torch.jit.trace, and torch.onnx.export by it, cannot record a solve: {_UNTRACED}")
+    if value.is_complex():
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {value.dtype}; convert it with torch.view_as_real, which "
+            "keeps both parts, or take nt.odeint, which solves complex states"
+        )
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it, say with .float()")
     if isinstance(system.field, nn.Module):
@@ -416,6 +486,11 @@ def check_times(system: System, t: object) -> Tensor:
         raise ValueError(f"t holds NaN or infinite times: {values}")
     steps = [b - a for a, b in itertools.pairwise(values)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+        if len(values) == 2:
+            raise ValueError(
+                f"t must be strictly increasing or decreasing, got {values}: between equal times there is nothing to "
+                "solve; take the state as it is there, without a call, as for observations at the same time"
+            )
         raise ValueError(f"t must be strictly increasing or decreasing, got {values}; sort it and drop repetitions")
     system.check_times(values)
     return times
@@ -447,8 +522,7 @@ def _controlled(settings: Settings) -> bool:
 
 
 def _controller(given: controllers.ControllerLike | None, method: Method) -> controllers.Integral:
-    own = "integral" if not isinstance(method, Nystrom) else method.controller
-    return controllers.get(own if given is None else given)
+    return controllers.get(methods.controller_of(method) if given is None else given)
 
 
 def _tolerance(name: str, value: object) -> Tensor | float:
@@ -458,10 +532,6 @@ def _tolerance(name: str, value: object) -> Tensor | float:
         if not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ValueError(f"{name} must be positive and finite everywhere")
         return value
-    if not _is_number(value) or not 0 <= value < math.inf:  # type: ignore[operator]
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number ≥ 0 or a tensor of numbers > 0, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -50,6 +51,26 @@ class Stats:
     loop: str = ""
     loop_backward: str = ""
 
+    def as_dict(self) -> dict[str, int | str]:
+        """All of it by name, as Python's own numbers and words, to be logged. Counts of a compiled call are read from
+        the device."""
+        return {f.name: value if isinstance(value := getattr(self, f.name), str) else int(value) for f in fields(self)}
+
+    def __add__(self, other: Stats) -> Stats:
+        """The counts of two calls together; where their words differ, both. What a backward pass counts later is not in
+        the sum: keep each call's stats, and add them up when it has run, by `sum(stats)`."""
+        if not isinstance(other, Stats):
+            return NotImplemented
+        return Stats(*(_together(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def __radd__(self, other: Literal[0]) -> Stats:
+        """For `sum`, which starts from 0."""
+        return self + Stats() if isinstance(other, int) and other == 0 else NotImplemented
+
+
+def _together(a: Any, b: Any) -> Any:
+    return "; ".join(dict.fromkeys(filter(None, (*a.split("; "), *b.split("; "))))) if isinstance(a, str) else a + b
+
 
 class SolveError(RuntimeError):
     """A solve that did not reach its last time.
@@ -71,4 +92,5 @@ class SolveError(RuntimeError):
         self.status, self.t, self.dt, self.steps, self.reached, self.where = status, t, dt, steps, reached, where
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.status, self.t, self.dt, self.steps, self.reached, self.where)
+        # Beside the arguments what was set later: stats, notes.
+        return type(self), (self.status, self.t, self.dt, self.steps, self.reached, self.where), self.__dict__.copy()

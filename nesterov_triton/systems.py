@@ -8,14 +8,14 @@
 |----------------|------------|----------|--------|---------------------------|-----|-----|
 | NesterovNODE   | k(t)       | 1        | -1     | 0                         | id  | id  |
 | GNesterovNODE  | σ(k(t))    | 1        | -1     | -ξ κ                      | σ   | σ   |
-| ... form=exact | the same   | 1        | -1 / κ | 3/(4 t²) - 1/4 - ξ κ      | "   | "   |
+| ... form=exact | the same   | 1        | -1 / κ | (r²/4 - r/2)/t² - 1/4 - ξ κ | " | "  |
 | HBNODE         | 1          | learned  | +1     | 0                         | id  | id  |
 | GHBNODE        | 1          | learned  | +1     | -ξ                        | σ   | id  |
 | SONODE         | 1          | 0        | +1     | 0                         | id  | id, f sees (h, m) |
 
-with k(t) = t^(-3/2) e^(t/2), which takes the singular damping out of Nesterov's limit h'' + (3/t) h' = F (Su, Boyd,
-Candès 2014). In the absorbed form (Nguyen et al., NeurIPS 2022) the network stands for all that is left, in the exact
-form for F alone.
+with k(t) = t^(-r/2) e^(t/2), which takes the singular damping out of Nesterov's limit h'' + (r/t) h' = F, r = 3 (Su,
+Boyd, Candès 2014). In the absorbed form (Nguyen et al., NeurIPS 2022) the network stands for all that is left, in the
+exact form for -F alone.
 
 A system is what a solver integrates; it holds the user's network and knows nothing of methods. The state of a
 first-order system is a tensor y, that of a momentum system a pair (x, m) of tensors of one shape. Solvers see either as
@@ -32,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_triton import gates, transforms
-from nesterov_triton._names import lookup
+from nesterov_triton._fields import check_field, check_instance
+from nesterov_triton._names import lookup, public
+from nesterov_triton._numbers import is_number
 
 Field: TypeAlias = Callable[..., Tensor]
 Form: TypeAlias = Literal["absorbed", "exact"]
@@ -68,17 +70,24 @@ class Rule(NamedTuple):
     sign: float
     gate_x: gates.Gate
     gate_f: gates.Gate
+    factor: float = 3.0
+
+    @property
+    def curvature(self) -> float:
+        """What the exact form's factor of x has of 1/t²: r²/4 - r/2."""
+        return 0.25 * self.factor * self.factor - 0.5 * self.factor
 
     def of_time(self, t: Any) -> tuple[Any, Any, Any]:
         """What the time alone decides: κ, s and the exact form's own part of q; None for what is constant."""
         if not self.nesterov:
             return None, None, None
-        k = nesterov_scale(t)
+        k = nesterov_scale(t, self.factor)
         scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
-        return (scale, self.sign / scale, 0.75 / (t * t) - 0.25) if self.exact else (scale, None, None)
+        return (scale, self.sign / scale, self.curvature / (t * t) - 0.25) if self.exact else (scale, None, None)
 
     def coefficients(self, t: Any, damping: Any, xi: Any) -> Coefficients[Any]:
-        """See `Momentum.coefficients`."""
+        """The right-hand side's time-dependent factors: for a number, numbers; for times [s], float64 on the CPU,
+        tensors [s], differentiable."""
         scale, drive, own = self.of_time(t)
         if not self.damped and not self.exact and not self.residual:
             return Coefficients(scale, drive, None, None)
@@ -100,15 +109,17 @@ class System(nn.Module):
     sees_momentum: bool = False
     field: Field
 
-    def __init__(self, field: Field) -> None:
+    def __init__(self, field: Field, arguments: str = "t, h") -> None:
         super().__init__()
-        if not callable(field):
-            raise TypeError(f"field must be a module or function (t, h) -> dh, got {type(field).__name__}")
+        check_field(field, arguments)
         # Without the cast the type checker would take nn.Module.__setattr__'s narrower signature.
         self.field = cast(Any, field)
 
     def check_times(self, times: list[float]) -> None:
         """Raise ValueError where the system is not defined at some of `times`."""
+
+    def check_range(self, times: list[float], dtype: torch.dtype) -> None:
+        """Raise ValueError where what the system needs of `times` does not fit into the state's dtype."""
 
     def scalars(self) -> dict[str, Tensor]:
         """The learnable scalars of the right-hand side itself (γ, ξ), 0-d, differentiable."""
@@ -123,6 +134,7 @@ def as_system(system: object) -> System:
     """The system itself, or a plain callable f(t, y) as a first-order system."""
     if isinstance(system, System):
         return system
+    check_instance("system", system)
     if callable(system):
         return FirstOrder(system)
     raise TypeError(f"system must be a nesterov_triton system or a callable f(t, y), got {type(system).__name__}")
@@ -140,8 +152,9 @@ class Momentum(System):
         gate_f: σ_f, applied to f.
         xi: ξ as a number ≥ 0, or "learnable": softplus of a parameter, 0.5 at the start.
         form: "absorbed" (the network stands for everything but damping and residual) or "exact" (Nesterov only: it
-            stands for F alone).
+            stands for -F alone).
         sees_momentum: call the network as f(t, h, m).
+        damping_factor: r ≥ 0 in Nesterov's damping r/t; 3 is that of his method.
 
     Raises:
         ValueError: an argument out of range or an unknown name.
@@ -161,10 +174,16 @@ class Momentum(System):
         xi: Xi = 0.0,
         form: Form = "absorbed",
         sees_momentum: bool = False,
+        damping_factor: float = 3.0,
     ) -> None:
-        super().__init__(field)
+        super().__init__(field, "t, h, m" if sees_momentum else "t, h")
+        if sign not in (1, -1):
+            raise ValueError(f"sign must be 1 or -1, got {sign!r}; scale the field instead")
         self.nesterov = nesterov
         self.sign = float(sign)
+        self.damping_factor = _number("damping_factor", damping_factor, learnable=False)
+        if self.damping_factor != 3 and not nesterov:
+            raise ValueError("damping_factor is the Nesterov systems' r in r/t; leave it out for this one")
         self.gate_x = gates.get(gate_x)
         self.gate_f = gates.get(gate_f)
         self.exact = lookup("form", form, {"absorbed": False, "exact": True})
@@ -202,8 +221,8 @@ class Momentum(System):
     def check_times(self, times: list[float]) -> None:
         if self.nesterov and min(times) <= 0:
             raise ValueError(
-                f"t must be positive for a Nesterov system, whose damping 3/t is singular at 0; got {min(times)}. "
-                "Shift the interval, for example t=(1.0, 2.0)"
+                f"t must be positive for a Nesterov system, whose damping {self.damping_factor:g}/t is singular at 0; "
+                f"got {min(times)}. Shift the interval, for example t=(1.0, 2.0)"
             )
         if self.nesterov and not (min(times) > _EARLIEST and max(times) < _LATEST):
             raise ValueError(
@@ -211,36 +230,38 @@ class Momentum(System):
                 f"got {times}"
             )
 
+    def check_range(self, times: list[float], dtype: torch.dtype) -> None:
+        if not self.nesterov:
+            return
+        least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+        for t in (min(times), max(times)):  # k has its largest values at an end
+            scale, drive, q = self.rule.of_time(t)
+            # x = h / κ has to fit, too.
+            if not least <= scale <= min(most, 1 / least) or max(abs(drive or 0.0), abs(q or 0.0)) > most:
+                raise ValueError(
+                    f"t={t:g} is out of {dtype}'s range for this system, whose κ(t) is {scale:.3g} there; take times "
+                    "nearer to 1, or float64"
+                )
+
     def scale(self, t: Tensor) -> Tensor:
         """κ(t), shape of `t`; differentiable."""
-        return self.gate_x(nesterov_scale(t)) if self.nesterov else torch.ones_like(t)
+        return self.gate_x(nesterov_scale(t, self.damping_factor)) if self.nesterov else torch.ones_like(t)
 
     def scale_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """κ(t) and κ'(t), shapes of `t`; differentiable."""
         if not self.nesterov:
             return torch.ones_like(t), torch.zeros_like(t)
-        k = nesterov_scale(t)
+        k = nesterov_scale(t, self.damping_factor)
         kappa = self.gate_x(k)
-        return kappa, self.gate_x.pullback(k * (0.5 - 1.5 / t), k, kappa)
-
-    @overload
-    def coefficients(self, t: float, damping: float, xi: float) -> Coefficients[float]: ...
-    @overload
-    def coefficients(self, t: Tensor, damping: Number, xi: Number) -> Coefficients[Tensor]: ...
-    def coefficients(self, t: Any, damping: Any, xi: Any) -> Coefficients[Any]:
-        """The right-hand side's time-dependent factors: for a number, numbers; for times [s], float64 on the CPU,
-        tensors [s], differentiable."""
-        return self.rule.coefficients(t, damping, xi)
-
-    @property
-    def follows_rule(self) -> bool:
-        """Whether `rule` says all about the factors: not where a subclass has its own."""
-        return type(self).coefficients is Momentum.coefficients
+        return kappa, self.gate_x.pullback(k * (0.5 - 0.5 * self.damping_factor / t), k, kappa)
 
     @property
     def rule(self) -> Rule:
         """All that is constant about the right-hand side."""
-        return Rule(self.nesterov, self.exact, self.damped, self.residual, self.sign, self.gate_x, self.gate_f)
+        return Rule(
+            self.nesterov, self.exact, self.damped, self.residual, self.sign, self.gate_x, self.gate_f,
+            self.damping_factor,
+        )  # fmt: skip
 
     def initial_state(self, h: Tensor, velocity: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x, m) at time `t` from features and an initial velocity, all of h's shape (zeros without a velocity).
@@ -269,7 +290,8 @@ class Momentum(System):
             # As numbers: a microsecond instead of ten operators on a tensor of one element.
             values = t.detach().reshape(-1).tolist()
             if all(_EARLIEST < value < _LATEST for value in values):
-                numbers = [self.coefficients(value, 0.0, 0.0).scale for value in values]
+                rule = self.rule
+                numbers = [rule.of_time(value)[0] for value in values]
                 kappa = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(t.shape)
                 if t.requires_grad or transforms.active():  # the same to the bit, plus a zero that carries the graph
                     exact = self.scale(t)
@@ -287,12 +309,12 @@ class Momentum(System):
 
 
 @overload
-def nesterov_scale(t: float) -> float: ...
+def nesterov_scale(t: float, factor: float = 3.0) -> float: ...
 @overload
-def nesterov_scale(t: Tensor) -> Tensor: ...
-def nesterov_scale(t: Number) -> Number:
-    """k(t) = t^(-3/2) e^(t/2) for t > 0, a number or a tensor of any shape."""
-    return t**-1.5 * (torch.exp(0.5 * t) if isinstance(t, Tensor) else math.exp(0.5 * t))
+def nesterov_scale(t: Tensor, factor: float = 3.0) -> Tensor: ...
+def nesterov_scale(t: Number, factor: float = 3.0) -> Number:
+    """k(t) = t^(-r/2) e^(t/2) for t > 0, a number or a tensor of any shape, and r = `factor`."""
+    return t ** (-0.5 * factor) * (torch.exp(0.5 * t) if isinstance(t, Tensor) else math.exp(0.5 * t))
 
 
 def second_order(field: Field) -> Momentum:
@@ -313,24 +335,34 @@ def generalised_heavy_ball(field: Field, gate: gates.GateLike = "softclip", xi: 
     return Momentum(field, damping="learnable", gate_x=gate, xi=xi)
 
 
-def nesterov(field: Field, form: Form = "absorbed") -> Momentum:
-    """NesterovNODE (Nguyen et al. 2022): h = k(t) x, x' = m, m' = -m - f(t, h), for t > 0."""
-    return Momentum(field, nesterov=True, damping=1.0, sign=-1.0, form=form)
+def nesterov(field: Field, form: Form = "absorbed", damping_factor: float = 3.0) -> Momentum:
+    """NesterovNODE (Nguyen et al. 2022): h = k(t) x, x' = m, m' = -m - f(t, h), for t > 0.
+
+    For the arguments (field, form, damping_factor) see `Momentum`."""
+    return Momentum(field, nesterov=True, damping=1.0, sign=-1.0, form=form, damping_factor=damping_factor)
 
 
 def gnesterov(
-    field: Field, gate: gates.GateLike = "softclip", xi: Xi = "learnable", form: Form = "absorbed"
+    field: Field,
+    gate: gates.GateLike = "softclip",
+    xi: Xi = "learnable",
+    form: Form = "absorbed",
+    damping_factor: float = 3.0,
 ) -> Momentum:
     """GNesterovNODE (Nguyen et al. 2022): h = σ(k(t)) x, x' = σ(m), m' = -m - σ(f(t, h)) - ξ h, for t > 0; for the
     arguments see `Momentum`, σ is its gate_x and gate_f."""
-    return Momentum(field, nesterov=True, damping=1.0, sign=-1.0, gate_x=gate, gate_f=gate, xi=xi, form=form)
+    return Momentum(
+        field, nesterov=True, damping=1.0, sign=-1.0, gate_x=gate, gate_f=gate, xi=xi, form=form,
+        damping_factor=damping_factor,
+    )  # fmt: skip
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, str):
+def _number(name: str, value: object, learnable: bool = True) -> float:
+    if isinstance(value, str) and learnable:
         lookup(name, value, {"learnable": None})
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a finite number ≥ 0 or 'learnable', got {value!r}")
+    if not is_number(value) or not math.isfinite(value) or value < 0:
+        alternative = " or 'learnable'" if learnable else ""
+        raise ValueError(f"{name} must be a finite number ≥ 0{alternative}, got {value!r}")
     return float(value)
 
 
@@ -338,3 +370,25 @@ def _broadcast(c: Tensor, x: Tensor) -> Tensor:
     if c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad:
         return c.to(x.dtype)  # goes into the launch by value: a transfer takes the host as long as the product
     return c.to(x.device, x.dtype).reshape(c.shape + (1,) * (x.ndim - c.ndim))
+
+
+__all__ = [
+    "Coefficients",
+    "Field",
+    "FirstOrder",
+    "Form",
+    "Momentum",
+    "System",
+    "Xi",
+    "as_system",
+    "generalised_heavy_ball",
+    "gnesterov",
+    "heavy_ball",
+    "nesterov",
+    "nesterov_scale",
+    "second_order",
+]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, SupportsIndex, TypeVar
 
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 
 __all__ = ["TABLEAUS", "Tableau", "get"]
 
@@ -74,6 +74,10 @@ class Tableau:
     all_c: tuple[float, ...] = field(init=False, repr=False, compare=False)
     all_a: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
     step_rows: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        stages = f", stages={len(self.c)}" + (f"+{len(self.extra_c)}" if self.extra_c else "")
+        return f"Tableau({self.name!r}, order={self.order}{stages})"
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """What is registered stays itself in copies and pickles: operators are told a method by its name."""
@@ -611,3 +615,10 @@ def named(name: str, methods: Mapping[str, M]) -> M:
     if not isinstance(name, str):
         raise TypeError(f"method must be a name such as 'dopri5', got {type(name).__name__}")
     return lookup("method", name, methods)
+
+
+__all__ = ["TABLEAUS", "Tableau", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -401,7 +401,7 @@ def first_step_calls(dtype):  # type: ignore[no-untyped-def]
         torch.empty(k, dtype=torch.float64) for k in (control.SLOTS, control.SLOTS, control.SETTINGS)
     )
     z, slope, second = (torch.empty(2 * N, dtype=dtype) for _ in range(3))
-    sizes = torch.empty(2, dtype=torch.float64)
+    sizes = torch.empty(3, dtype=torch.float64)
     given = decided, setting, z, slope
     yield "propose", lambda: control_kernel.launch_propose(decided, trial, setting, z, slope, sizes, True)
     yield "extrapolate", lambda: control_kernel.launch_extrapolate(*given, sizes, torch.empty_like(z))

@@ -23,6 +23,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 
+import nesterov_triton as nt
 from nesterov_triton.experiments import digits
 from nesterov_triton.experiments.cli import main
 from nesterov_triton.experiments.experiment import Settings
@@ -325,6 +326,12 @@ def test_divergence_is_a_failure_too(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("--method", "rk4"), ("--step-size",)),
         (("--method", "dopri5", "--step-size", "0.1"), ("--step-size", "leave out")),
         (("--resume", "--overwrite"), ("not allowed with",)),
+        (("--method", "nystrom4", "--models", "HBNODE", "NODE"), ("NODE: method 'nystrom4' is for momentum systems",)),
+        (("--method", "nystrom4", "--models", "SONODE"), ("SONODE: method 'nystrom4'", "position alone")),
+        (("--method", "nystrom6", "--models", "GHBNODE"), ("GHBNODE: method 'nystrom6'", "gate")),
+        (("--gradient", "reversible"), ("--gradient", "strang", "blanes_moan4")),
+        (("--method", "auto", "--step-size", "0.1"), ("--step-size", "auto")),
+        (("--gradient", "reversible", "--method", "auto", "--models", "NODE"), ("NODE: ", "blanes_moan4")),
     ],
 )
 def test_wrong_requests_name_the_option_and_the_fix(
@@ -333,7 +340,37 @@ def test_wrong_requests_name_the_option_and_the_fix(
     assert command("compare", "point-cloud", "--output", tmp_path / "out", *arguments) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
+    assert message.count("\n") == 1, message
     assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_are_one_line_that_names_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ((), ("compare",), ("compaer", "digits"), ("compare", "digits", "--epoch-count", 3)):
+        assert command(*arguments) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1, message
+        assert "--help" in message
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--version") == 0
+    assert capsys.readouterr().out == f"nesterov-triton {nt.__version__}\n"
+
+
+def test_fixed_steps_of_a_method_that_is_adaptive_too(tmp_path: Path) -> None:
+    arguments = ("--models", "HBNODE", "--epochs", 1, "--method", "strang", "--step-size", 0.25)
+    assert command("compare", "point-cloud", *arguments, "--output", tmp_path) == 0
+    (row,) = read(tmp_path / "history.csv")
+    assert float(row["nfe_forward"]) <= 5  # four steps of one evaluation, and the first one
+
+
+def test_a_request_refused_leaves_the_old_run(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = curves(finished)
+    refused = ("compare", "point-cloud", "--output", finished, "--overwrite", "--method", "nystrom4", "--models")
+    assert command(*refused, "NODE") == 2
+    assert curves(finished) == rows
 
 
 def test_unknown_experiment_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

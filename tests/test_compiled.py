@@ -9,7 +9,9 @@ import itertools
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from support import FIXED, MODELS, Field, features, gradients, largest_difference
+from torch._dynamo.backends.common import aot_autograd
 
 import nesterov_triton as nt
 from nesterov_triton.status import Stats
@@ -67,7 +69,7 @@ def test_every_layer(model, gradient):
     assert int(fast.nfe_forward) == stats.nfe_forward
     if gradient == "discrete":
         assert int(fast.nfe_backward) == stats.nfe_backward
-    assert fast.path == "compiled"
+    assert (fast.path, fast.loop) == ("compiled", "compiled")
 
 
 @pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
@@ -111,6 +113,15 @@ def test_by_inductor(model, method, gradient):
 
 
 @pytest.mark.slow
+def test_inductor_s_wrapper_in_cpp():
+    """Around the kernels C++ instead of Python: forward, and backward where nothing is kept."""
+    layer, h = layer_of("GNesterovNODE", gradient="adjoint"), features(3, 2)
+    fast = torch.compile(layer, fullgraph=True, options={"cpp_wrapper": True})
+    agree(layer, run=fast)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(h), layer(h), rtol=1e-10, atol=1e-10)
+
+
 def test_steps_taken_back_by_inductor():
     """Loops in loops."""
     gradient = nt.gradients.Reversible(every=2)
@@ -143,17 +154,35 @@ def test_gradients_with_respect_to_times(times, gradient):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-class Slower(nt.systems.Momentum):
-    def coefficients(self, t, damping, xi):
-        c = super().coefficients(t, damping, xi)
-        return c._replace(scale=0.5 * c.scale)
+class Context(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, t, h, context, factor=1.0):
+        return factor * torch.tanh(self.linear(torch.cat((h, t * context), dim=1)))
 
 
-def test_a_system_with_factors_of_its_own_is_refused():
-    state = (features(3, 2), torch.zeros(3, 2, dtype=torch.float64))
-    system = Slower(Field(), nesterov=True)
-    with pytest.raises(Exception, match="factors of its own"):
-        torch.compile(lambda s: nt.solve(system, s, (1.0, 2.0)).final, fullgraph=True, backend="eager")(state)
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_args(gradient):
+    """A context that the compiled function makes, differentiated through the loop; and a number."""
+    torch.manual_seed(0)
+    layer, encoder = nt.GNesterovNODE(Context(), gradient=gradient, **TIGHT), torch.nn.Linear(4, 1, dtype=torch.float64)
+    h, z, results = features(3, 2), features(3, 4), []
+
+    def call(h, z):
+        return layer(h, args=(encoder(z), 1.5))
+
+    for run in (call, compiled(call)):
+        out = run(h, z)
+        wanted = (*encoder.parameters(), *layer.parameters())
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), wanted)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_another_damping_factor():
+    layer = nt.GNesterovNODE(Field(), damping_factor=5.0, form="exact", **TIGHT).double()
+    agree(layer)
 
 
 def test_velocities():
@@ -261,7 +290,7 @@ def test_a_changed_setting_is_noticed(dynamic):
     run = compiled(layer, dynamic=dynamic)
     run(h)
     first = counts(layer.stats)
-    layer.settings = type(layer.settings).make(rtol=1e-8, atol=1e-8)
+    layer.configure(rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(run(h), layer(h), rtol=1e-7, atol=1e-7)
     run(h)
     assert counts(layer.stats) > first
@@ -270,20 +299,21 @@ def test_a_changed_setting_is_noticed(dynamic):
 
 
 def test_a_compiled_loop_never_asks_the_host():
-    """The graph has one loop, and no operator in it hands a value to Python."""
-    reads = []
+    """Forward and backward are one loop each, and no operator hands a value to the host."""
+    aten, seen = torch.ops.aten, []
 
     def look(graph, _):
-        for module in graph.modules():
-            if isinstance(module, torch.fx.GraphModule):
-                reads.extend(n.target for n in module.graph.nodes if n.op == "call_method" and n.target in READS)
-        return graph.forward
+        modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        seen.append([n.target for m in modules for n in m.graph.nodes if n.op == "call_function"])
+        return make_boxed_func(graph.forward)
 
-    compiled(layer_of("GNesterovNODE"), look)(features(3, 2).requires_grad_())
-    assert reads == []
-
-
-READS = {"item", "tolist", "numpy", "__bool__", "nonzero"}
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    compiled(layer_of("GNesterovNODE"), backend)(features(3, 2).requires_grad_()).sum().backward()
+    assert len(seen) == 2
+    reads = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.nonzero.default}
+    for targets in seen:
+        assert sum("while_loop" in str(target) for target in targets) == 1
+        assert not reads & {t for t in targets if isinstance(t, torch._ops.OpOverload)}
 
 
 # --- failures
@@ -294,6 +324,24 @@ def test_a_solve_that_fails_is_nan_and_says_so():
     out = compiled(layer)(features(3, 2).abs() + 1)
     assert bool(torch.isnan(out).all())
     assert counts(layer.stats)[0] + counts(layer.stats)[1] == 20
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        (lambda t, y: 50 * y * y, nt.Status.MAX_STEPS),
+        (lambda t, y: y * torch.nan, nt.Status.NON_FINITE),
+        (lambda t, y: y, nt.Status.SUCCESS),
+    ],
+)
+def test_the_status_of_a_compiled_solve_is_the_eager_one_s(field, status):
+    y0 = features(3, 2).abs() + 1
+    eager = nt.solve(field, y0, (0.0, 1.0), max_steps=40, throw=False)
+    solution = torch.compile(
+        lambda y: nt.solve(field, y, (0.0, 1.0), max_steps=40, throw=False), fullgraph=True, backend="eager"
+    )(y0)
+    assert eager.status is status
+    assert list(nt.Status)[int(solution.status)] is status
 
 
 def test_a_field_that_is_not_finite_gives_nan():
@@ -320,9 +368,9 @@ def test_a_field_that_does_not_fit_the_state_is_refused(field, grads):
         compiled(nt.NODE(field))(features(3, 2))
 
 
-@pytest.mark.skipif(BEFORE_2_13, reason="a loop there may change no buffer")
-def test_a_trial_of_the_field_leaves_no_trace():
-    """Buffers that count calls are as if nothing had been tried."""
+@pytest.mark.parametrize("grads", [True, False])
+def test_a_field_that_changes_its_buffers_is_refused(grads):
+    """A loop has them changed once, or not at all, where the eager solver has them changed at every evaluation."""
 
     class Normed(torch.nn.Module):
         def __init__(self):
@@ -333,12 +381,39 @@ def test_a_trial_of_the_field_leaves_no_trace():
             return self.norm(h)
 
     field = Normed()
-    layer = nt.NODE(field, method="euler", step_size=0.5)
-    plain = nt.NODE(Normed(), method="euler", step_size=0.5)
+    layer, h = nt.NODE(field), features(3, 2)
+    with pytest.raises(Exception, match=r"changes its buffers \(norm\."), torch.set_grad_enabled(grads):
+        compiled(layer)(h)
+    assert field.norm.num_batches_tracked == 0
+    field.eval()
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled(layer)(h), layer(h), rtol=1e-12, atol=1e-12)
+
+
+class Conditioned(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.context = torch.nn.Linear(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+
+    def forward(self, t, h):
+        return torch.tanh(self.linear(torch.cat((h, self.context), dim=1)))
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_a_context_set_in_the_compiled_function_is_refused_where_it_would_get_no_gradient(gradient):
+    """Its gradient was zero, silently: what is looked at in Python still had the context of before."""
+    layer, encoder = nt.NODE(Conditioned(), gradient=gradient), torch.nn.Linear(2, 1, dtype=torch.float64)
+
+    def call(h):
+        layer.field.context = encoder(h)
+        return layer(h)
+
+    h = features(3, 2)
+    with pytest.raises(Exception, match=r"Conditioned.context needs a gradient and is no parameter"):
+        compiled(call)(h)
+    torch._dynamo.reset()
     with torch.no_grad():
-        compiled(layer)(features(3, 2))
-        plain(features(3, 2))
-    torch.testing.assert_close(field.norm.running_mean, plain.field.norm.running_mean)
+        torch.testing.assert_close(compiled(call)(h), call(h), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +421,7 @@ def test_a_trial_of_the_field_leaves_no_trace():
     [
         ({"gradient": "backprop"}, "cannot be traced by torch.compile"),
         ({"gradient": nt.gradients.Adjoint(method="rk4"), "step_size": 0.1, "method": "euler"}, "cannot be traced"),
+        ({"gradient": nt.gradients.Adjoint(measure=lambda *_: 0.5)}, r"Adjoint\(measure=\) cannot be traced"),
     ],
 )
 def test_what_cannot_be_traced_says_what_to_do(options, message):
@@ -387,12 +463,12 @@ def test_a_system_made_under_the_tracer_is_refused():
 def test_an_exported_layer_runs_again_at_another_batch_size(model, options):
     layer = MODELS[model].layer(**options)
     batch = torch.export.Dim("batch", min=1, max=64)
-    with torch.no_grad():
-        program = torch.export.export(layer, (features(3, 2),), dynamic_shapes=({0: batch},))
-        file = io.BytesIO()
-        torch.export.save(program, file)
-        file.seek(0)
-        run = torch.export.load(file).module()
-        for n in (3, 7):
-            h = features(n, 2)
-            torch.testing.assert_close(run(h), layer(h), rtol=1e-10, atol=1e-10)
+    # Where gradients are on, too: what is exported is for inference all the same.
+    program = torch.export.export(layer, (features(3, 2),), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    run = torch.export.load(file).module()
+    for n in (3, 7):
+        h = features(n, 2)
+        torch.testing.assert_close(run(h), layer(h), rtol=1e-10, atol=1e-10)

@@ -3,6 +3,7 @@ device in between. On a CPU its attempts are called one by one; on a CUDA device
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import math
@@ -154,11 +155,18 @@ def test_a_loop_made_in_inference_mode_serves_training(gradient):
         first = layer(h)
     with torch.no_grad():
         torch.testing.assert_close(layer(h), first, rtol=0, atol=0)
-    h.requires_grad_()
-    layer(h).sum().backward()
-    with torch.inference_mode():
-        layer(h.detach())
-    layer(h).sum().backward()
+    eager = copy.deepcopy(layer).configure(loop="eager")
+    found = []
+    for each in (layer, eager):
+        x = h.clone().requires_grad_()
+        each(x).sum().backward()
+        with torch.inference_mode():
+            each(h)
+        each(x).sum().backward()
+        found.append([x.grad, *(p.grad for p in each.parameters())])
+    assert layer.stats.loop.startswith(BY)
+    assert layer.stats.loop_backward.startswith(BY)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 class Einsum(nn.Module):
@@ -454,22 +462,14 @@ def test_what_needs_the_eager_loop_is_said_once(options, why):
         layer(h)
 
 
-class Slower(nt.systems.Momentum):
-    """Half the scale."""
-
-    def coefficients(self, t, damping, xi):
-        c = super().coefficients(t, damping, xi)
-        return c._replace(scale=0.5 * c.scale)
-
-
-def test_a_system_with_factors_of_its_own_takes_the_eager_loop():
+def test_another_damping_factor():
     state = (features(3, 2), torch.zeros(3, 2, dtype=F64))
-    eager = nt.solve(Slower(Field(), nesterov=True), state, (1.0, 2.0), loop="eager")
-    with pytest.warns(RuntimeWarning, match="factors of its own"):
-        found = nt.solve(Slower(Field(), nesterov=True), state, (1.0, 2.0), loop="graph")
-    assert torch.equal(found.final[0], eager.final[0])
-    other = nt.solve(nt.systems.Momentum(Field(), nesterov=True), state, (1.0, 2.0))
-    assert not torch.allclose(found.final[0], other.final[0])
+    system = nt.systems.gnesterov(Field(), form="exact", damping_factor=5.0)
+    eager = nt.solve(system, state, (1.0, 2.0), loop="eager")
+    found = nt.solve(system, state, (1.0, 2.0), loop="graph")
+    assert found.stats.loop.startswith(BY)
+    assert (found.stats.accepted, found.stats.rejected) == (eager.stats.accepted, eager.stats.rejected)
+    torch.testing.assert_close(found.final, eager.final, rtol=1e-13, atol=1e-13)
 
 
 def test_backward_passes_that_need_the_eager_loop():
@@ -669,6 +669,22 @@ def test_a_signature_tells_what_a_replay_would_miss():
     assert look(field) != plain
 
 
+def test_a_signature_knows_arguments_by_their_names_and_lists_by_their_lengths():
+    a, x = torch.eye(3, dtype=F64), torch.ones(3, 2, dtype=F64)
+    assert look(lambda t, h: torch.addmm(x, a, h, beta=2)) != look(lambda t, h: torch.addmm(x, a, h, alpha=2))
+
+    def split(*arguments):
+        return lambda t, h: (torch.split_with_sizes(h, *arguments), 2 * h)[1]
+
+    assert look(split([2, 0], 1)) != look(split([2, 0, 1]))
+
+
+def test_a_field_that_writes_its_result_to_a_tensor_of_its_own_is_unfit():
+    own = torch.zeros(3, 2, dtype=F64)
+    with pytest.raises(graphs.Unfit, match="changes a tensor of its own"):
+        look(lambda t, h: torch.add(h, 1.0, out=own).clone())
+
+
 class Reverse(torch.autograd.Function):
     factor = 1.0
 
@@ -763,7 +779,7 @@ def test_a_graph_is_believed_once_it_has_repeated_the_calls(monkeypatch):
     loop = Loop()
     entry = graphs.Entry(loop)
     replays = []
-    monkeypatch.setattr(graphs, "captured", lambda part, device: lambda: (replays.append(1), part()))
+    monkeypatch.setattr(graphs, "captured", lambda part, *_: lambda: (replays.append(1), part()))
     assert by_graph(loop, entry) == 3
     assert loop.replays
     assert len(replays) == 3
@@ -774,7 +790,7 @@ def test_a_graph_is_believed_once_it_has_repeated_the_calls(monkeypatch):
 def test_a_graph_that_gives_something_else_is_not_used(monkeypatch):
     loop = Loop()
     entry = graphs.Entry(loop)
-    monkeypatch.setattr(graphs, "captured", lambda part, device: lambda: None)
+    monkeypatch.setattr(graphs, "captured", lambda part, *_: lambda: None)
     assert by_graph(loop, entry) is None
     assert "another result" in entry.reason
     assert not loop.replays
@@ -782,7 +798,7 @@ def test_a_graph_that_gives_something_else_is_not_used(monkeypatch):
 
 
 def test_what_cannot_be_captured_is_refused(monkeypatch):
-    def refuse(part, device):
+    def refuse(part, *_):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     loop = Loop()
@@ -797,7 +813,7 @@ def test_a_look_is_taken_once_the_device_is_at_work(monkeypatch):
     """At the first chance that the loop gives, or else at the end; and what it raises goes through."""
     loop, said = Loop(), []
     entry = graphs.Entry(loop)
-    monkeypatch.setattr(graphs, "captured", lambda part, device: part)
+    monkeypatch.setattr(graphs, "captured", lambda part, *_: part)
     by_graph(loop, entry)
     solve = loop.solve
 
@@ -909,6 +925,14 @@ class FakeEvent:
         pass
 
 
+class FakeStream:
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+
 @pytest.fixture
 def fake_graphs(monkeypatch):
     """On a CPU what a CUDA device does: parts are captured, and replayed as they were when they were captured. Such a
@@ -917,7 +941,7 @@ def fake_graphs(monkeypatch):
     if DEVICE == "cuda":
         return scale
 
-    def captured(part, device):
+    def captured(part, device, entry):
         known = scale[0]
 
         def replay():
@@ -932,7 +956,8 @@ def fake_graphs(monkeypatch):
     monkeypatch.setattr(graphs, "captures", lambda device: True)
     monkeypatch.setattr(graphs, "captured", captured)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "the stream")
+    stream = FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     return scale
 
@@ -1006,10 +1031,352 @@ def test_an_interruption_leaves_no_graph_that_nobody_has_checked(monkeypatch):
             return super().solve()
 
     loop = Stops()
-    monkeypatch.setattr(graphs, "captured", lambda part, device: lambda: None)
+    monkeypatch.setattr(graphs, "captured", lambda part, *_: lambda: None)
     with pytest.raises(KeyboardInterrupt):
         by_graph(loop, graphs.Entry(loop))
     assert not loop.replays
+
+
+# -- a CUDA device's part, written down --------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+class Noted:
+    """Something of `torch.cuda` that writes down what is called of it."""
+
+    def __init__(self, name, said):
+        self._name, self._said = name, said
+
+    def __getattr__(self, what):
+        if what.startswith("__"):
+            raise AttributeError(what)
+        return lambda *a, **k: self._said.append(" ".join([self._name, what, *map(str, a)]))
+
+    def __str__(self):
+        return self._name
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Streams, captures and allocators that only write down what they are asked for; and in which order."""
+    said, graphs_made = [], []
+
+    class Graph(Noted):
+        def __init__(self):
+            super().__init__("graph", said)
+            graphs_made.append(self)
+
+    @contextlib.contextmanager
+    def on(stream):
+        said.append(f"on {stream}")
+        yield
+        said.append(f"off {stream}")
+
+    streams = iter("ABCDEFGH")
+    pools = itertools.count(1)
+    monkeypatch.setattr(graphs, "_STREAMS", threading.local())
+    monkeypatch.setattr(graphs, "_FAILED", [])
+    monkeypatch.setattr(graphs, "_settle", lambda device: said.append("settle"))
+    for name, value in {
+        "CUDAGraph": Graph, "Stream": lambda device: Noted(next(streams), said), "stream": on,
+        "current_stream": lambda device=None: Noted("current", said), "device": lambda device: contextlib.nullcontext(),
+        "synchronize": lambda: said.append("synchronize"), "graph_pool_handle": lambda: next(pools),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("clearCublasWorkspaces", "endAllocateToPool", "releasePool"):
+        say = functools.partial(lambda name, *a: said.append(" ".join([name, *map(str, a)])), name)
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", say, raising=False)
+    return said
+
+
+def test_cublas_has_no_workspace_in_a_capture_but_the_graphs_own(cuda):
+    """None from before, which would go with any other graph; and nobody else gets the graph's."""
+    entry = graphs.Entry(Loop())
+    graphs.captured(lambda: cuda.append("launch"), GPU, entry)()
+    begin, end = cuda.index("graph capture_begin"), cuda.index("graph capture_end")
+    assert cuda[begin + 1 : end] == ["launch"]
+    clear = [k for k, what in enumerate(cuda) if what == "clearCublasWorkspaces"]
+    assert clear[0] < begin < end < clear[-1]
+    assert cuda.index("synchronize") < clear[0]  # what is under way may still use it
+    assert cuda[-1] == "graph replay"
+    first = entry.pool
+    graphs.captured(lambda: None, GPU, entry)
+    assert entry.pool == first == 1  # one for all parts
+
+
+def test_a_torch_that_cannot_clear_workspaces_captures_all_the_same(cuda, monkeypatch):
+    monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces")
+    graphs.captured(lambda: None, GPU, graphs.Entry(Loop()))()
+    assert cuda[-1] == "graph replay"
+
+
+def test_a_look_has_a_stream_of_its_own_that_what_follows_waits_for(cuda):
+    event = Noted("event", cuda)
+    with graphs.aside(GPU, "capture"):
+        pass
+    assert cuda == ["A wait_stream current", "on A", "off A", "current wait_stream A"]
+    for _ in range(2):
+        cuda.clear()
+        with contextlib.suppress(KeyError), graphs.aside(GPU, "look", event):
+            raise KeyError  # as where the field has changed: what it read may be freed at once
+        assert cuda == ["B wait_event event", "on B", "current wait_stream B"]
+
+
+def test_a_capture_that_fails_gives_back_what_it_has_claimed(cuda, monkeypatch):
+    def fail(self):
+        raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", fail, raising=False)
+    entry = graphs.Entry(Loop())
+    with pytest.raises(RuntimeError, match="invalidated"):
+        graphs.captured(lambda: None, GPU, entry)
+    claims = [what for what in cuda if "Pool" in what or what == "settle"]
+    assert claims == ["endAllocateToPool 0 1", "releasePool 0 1", "settle"]
+    assert len(graphs._FAILED) == 1  # torch's allocator of pinned memory goes on asking it
+    assert entry.pool is None
+    assert cuda.count("clearCublasWorkspaces") == 2
+
+
+def test_a_field_that_raises_in_a_capture_ends_it_properly(cuda):
+    def raises():
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        graphs.captured(raises, GPU, graphs.Entry(Loop()))
+    assert "graph capture_end" in cuda
+    assert not [what for what in cuda if "Pool" in what]  # the graph has its claim, and gives it up as it goes
+    assert not graphs._FAILED
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_collected_in_a_capture(cuda, enabled):
+    before = gc.isenabled()
+    seen = []
+    try:
+        (gc.enable if enabled else gc.disable)()
+        graphs.captured(lambda: seen.append(gc.isenabled()), GPU, graphs.Entry(Loop()))
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False]
+
+
+def test_a_capture_is_tried_twice(monkeypatch):
+    """Another thread may have ended the first."""
+    tries = []
+
+    def captured(part, *_):
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return part
+
+    loop = Loop()
+    entry = graphs.Entry(loop)
+    monkeypatch.setattr(graphs, "captured", captured)
+    assert by_graph(loop, entry) == 3
+    assert not entry.reason
+    assert len(tries) == 2
+
+
+@contextlib.contextmanager
+def held(lock):
+    """By another thread."""
+    taken, done = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    yield
+    done.set()
+    thread.join()
+
+
+def test_a_thread_does_not_wait_for_ever_to_look_or_to_capture(cuda, monkeypatch):
+    """Who has the lock may wait for autograd's thread, and that one for the lock."""
+    monkeypatch.setattr(graphs, "PATIENCE", 0.01)
+    with held(graphs._LOOKING), pytest.raises(graphs.Later, match="looks at its field"):
+        look(Field())
+    with held(graphs._CAPTURING), pytest.raises(graphs.Later, match="captures"):
+        graphs.captured(lambda: None, GPU, graphs.Entry(Loop()))
+    look(Field())
+    graphs.captured(lambda: None, GPU, graphs.Entry(Loop()))
+
+
+def counts(layer, h):
+    layer(h, TIMES["many"]).sum().backward()
+    return [getattr(layer.stats, k) for k in COUNTS]
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_what_cannot_be_had_now_can_be_had_later(fake_graphs, monkeypatch, gradient):
+    if DEVICE == "cuda":
+        pytest.skip("captures are the device's own")
+    layer = nt.GNesterovNODE(Field(), loop="graph", gradient=gradient).double()
+    h = features(3, 2)
+    expected = counts(clone(layer, loop="eager"), h)
+
+    def busy(*_):
+        raise graphs.Later("another thread captures")
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(graphs, "captured", busy)
+        assert counts(layer, h) == expected
+        assert layer.stats.loop == layer.stats.loop_backward == "eager: another thread captures"
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "PATIENCE", 0.01)
+        with held(graphs._LOOKING):
+            assert counts(layer, h) == expected
+        assert layer.stats.loop == layer.stats.loop_backward == "eager: another thread looks at its field"
+    assert counts(layer, h) == expected
+    assert (layer.stats.loop, layer.stats.loop_backward) == ("graph", "graph")
+    with held(graphs._LOOKING), monkeypatch.context() as patch:  # after the replay has been launched
+        patch.setattr(graphs, "PATIENCE", 0.01)
+        assert counts(layer, h) == expected
+        assert "looks at its field" in layer.stats.loop
+    assert counts(layer, h) == expected
+    assert (layer.stats.loop, layer.stats.loop_backward) == ("graph", "graph")
+
+
+def test_of_a_capture_that_fails_nothing_is_counted(fake_graphs, monkeypatch):
+    if DEVICE == "cuda":
+        pytest.skip("captures are the device's own")
+
+    def fail(*_):
+        raise RuntimeError("not while capturing")
+
+    monkeypatch.setattr(graphs, "captured", fail)
+    layer = nt.GNesterovNODE(Field(), loop="graph").double()
+    h = features(3, 2)
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        found = counts(layer, h)
+    assert found == counts(clone(layer, loop="eager"), h)
+
+
+# -- memory is let go when the device is done with it ------------------------------------------------------------------
+
+
+def test_a_loop_goes_only_when_the_device_is_done_with_it():
+    field, said = Field(), []
+
+    class Watched(Loop):
+        def __del__(self):
+            said.append("freed")
+
+    loops = graphs.Loops()
+    stream = Noted("stream", said)
+    key = (graphs.identity(field), "forward")
+
+    def fresh():
+        loops.clear()
+        entry = loops.get(key, field)
+        entry.loop = Watched()
+        said.clear()
+        return entry
+
+    for let_go in (lambda entry: entry.refuse("it was found out"), lambda entry: loops.clear()):
+        entry = fresh()
+        entry.done = Noted("event", said)
+        with loops.borrow(entry, stream) as free:
+            assert free
+            let_go(entry)
+        assert [what for what in said if what.endswith(("synchronize", "freed"))][-1] == "freed"
+        assert any(what.endswith("synchronize") for what in said)
+        entry = fresh()
+        with loops.borrow(entry, None):
+            pass
+        entry.stream, entry.done = stream, Noted("event", said)
+        let_go(entry)
+        assert said == ["event synchronize", "freed"]
+
+
+def test_the_oldest_of_too_many_keys_goes_like_any_other(monkeypatch):
+    monkeypatch.setattr(graphs, "SEEN", 1)
+    field, said = Field(), []
+    loops = graphs.Loops()
+    first = loops.get((graphs.identity(field), "first"), field)
+    first.loop, first.stream, first.done = Loop(), Noted("stream", said), Noted("event", said)
+    loops.get((graphs.identity(field), "second"), field)
+    assert said == ["event synchronize"]
+    assert first.loop is None
+
+
+@pytest.mark.parametrize("where", ["release", "record"])
+def test_a_loop_is_free_again_whatever_fails_as_it_is_given_back(where):
+    loop, event = Loop(), FakeEvent()
+    entry = graphs.Entry(loop, done=event)
+
+    def fail(*_):
+        raise RuntimeError("the device has failed")
+
+    setattr(loop if where == "release" else event, where, fail)
+    with pytest.raises(RuntimeError, match="the device has failed"), graphs.Loops().borrow(entry, FakeStream()):
+        pass
+    assert not entry.busy
+
+
+def test_a_device_that_reports_nothing_more_is_noticed_though_its_times_are_nan():
+    layer = nt.GNesterovNODE(Field(), loop="graph").double()
+    with torch.no_grad():
+        layer(features(3, 2))
+    (entry,) = graphs.LOOPS._entries.values()
+    loop = entry.loop
+    looks = iter(range(100))
+
+    def stuck():
+        assert next(looks) < 99, "it would look for ever"
+        return device_loop.Report(1.0, float("nan"), control.RUNNING, 0, 0, 0, 0, float("nan"))
+
+    loop._look, loop._call, loop._event = stuck, lambda name: None, FakeEvent()
+    loop._event.query = lambda: True
+    with pytest.raises(RuntimeError, match="reports nothing"):
+        loop.run()
+
+
+# -- what else a graph depends on --------------------------------------------------------------------------------------
+
+matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+SWITCHES = {
+    "fp32_precision": (matmul, "ieee", "tf32"),
+    "allow_fp16_reduced_precision_reduction": (matmul, True, False),
+    "allow_bf16_reduced_precision_reduction": (matmul, True, False),
+    "enabled": (cudnn, True, False),
+    "enable_flash_sdp": None, "enable_mem_efficient_sdp": None, "enable_math_sdp": None, "enable_cudnn_sdp": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SWITCHES))
+def test_switches_see_what_decides_about_kernels(name):
+    before = graphs.switches()
+    try:
+        if SWITCHES[name] is None:
+            getattr(torch.backends.cuda, name)(False)
+        else:
+            owner, _, other = SWITCHES[name]
+            setattr(owner, name, other)
+        assert graphs.switches() != before
+    finally:
+        if SWITCHES[name] is None:
+            getattr(torch.backends.cuda, name)(True)
+        else:
+            owner, usual, _ = SWITCHES[name]
+            setattr(owner, name, usual)
+
+
+def test_switches_see_the_old_names_too():
+    before = graphs.switches()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert graphs.switches() != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # -- kernels against their reference -----------------------------------------------------------------------------------
@@ -1046,6 +1413,7 @@ LAWS = (
     Law(True, True, -1.0, gates.Identity()),
     Law(False, False, 1.0, gates.Hardtanh(1.1)),
     Law(True, True, -1.0, gates.Tanh()),
+    Law(True, True, -1.0, gates.Softclip(2.0), 5.0, 3.75),
 )
 DOPRI5 = tableaus.get("dopri5")
 
@@ -1162,7 +1530,7 @@ def test_the_first_step_size(situation, state, dtype):
         (reference.propose, reference.extrapolate, reference.choose),
     ):
         own, trial = decided.clone(), torch.zeros_like(decided)
-        sizes, out = torch.zeros(2, dtype=F64, device=DEVICE), torch.empty_like(z)
+        sizes, out = torch.zeros(3, dtype=F64, device=DEVICE), torch.empty_like(z)
         propose(own, trial, setting, z, slope, sizes, True)
         extrapolate(own, setting, z, slope, sizes, out)
         choose(own, setting, z, slope, second, sizes)

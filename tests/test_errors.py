@@ -31,7 +31,8 @@ LAYERS = {
 BAD_TIMES = [
     ([1.0], "at least two"),
     ([], "at least two"),
-    ([1.0, 1.0], "strictly increasing or"),
+    ([1.0, 1.0], "strictly increasing or.*nothing to solve.*without a call"),
+    ([1.0, 1.0, 2.0], "strictly increasing or.*drop repetitions"),
     ([1.0, 3.0, 2.0], "strictly increasing or"),
     ([2.0, 1.0, 1.5], "strictly increasing or"),
     ([1.0, math.nan], "NaN"),
@@ -127,6 +128,36 @@ def test_input_of_a_wrong_type(h, match):
     assert f.calls == 0
 
 
+def test_a_complex_state_keeps_both_parts():
+    for dtype in (torch.complex64, torch.complex128):
+        for call in (*(make(field()) for make in LAYERS.values()), lambda h: nt.solve(field(), h, (0.0, 1.0))):
+            with raises(TypeError, r"floating-point.*complex.*view_as_real.*odeint"):
+                call(torch.ones(2, 2, dtype=dtype))
+
+
+def test_a_layer_in_place_of_its_system():
+    for make in (nt.NODE, nt.GNesterovNODE):
+        with raises(TypeError, rf"got the layer {make.__name__}; pass layer\.system"):
+            nt.solve(make(field()), features(2, 2), (0.0, 1.0))
+        with raises(TypeError, rf"func .*got the layer {make.__name__}; pass layer\.system"):
+            nt.odeint(make(field()), features(2, 2), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [nt.NODE, nt.GNesterovNODE])
+def test_tracers_of_one_example(make, tmp_path):
+    layer, h = make(Returns(lambda h: -h)), torch.ones(2, 2)
+    for module in (layer, nn.Sequential(nn.Linear(2, 2), layer)):
+        with raises(RuntimeError, r"torch\.jit\.trace.*use torch\.export"):
+            torch.jit.trace(module, (h,))
+        with raises(RuntimeError, rf"{make.__name__} cannot be scripted.*use torch\.export"):
+            torch.jit.script(module)
+        with raises(TypeError, r"Proxy of torch\.fx.*use torch\.export"):
+            torch.fx.symbolic_trace(module)
+    with raises(RuntimeError, r"torch\.onnx\.export.*use torch\.export"):
+        torch.onnx.export(nn.Sequential(layer), (h,), str(tmp_path / "x.onnx"), dynamo=False)
+
+
 def test_states_that_are_no_pair():
     f = field()
     system = systems.heavy_ball(f)
@@ -198,6 +229,9 @@ BAD_OPTIONS = [
     ({"max_steps": -5}, "max_steps"),
     ({"max_steps": 1.5}, "max_steps"),
     ({"max_steps": True}, "max_steps"),
+    ({"max_steps": math.inf}, r"max_steps must be an integer.*2\*\*31"),
+    ({"max_steps": math.nan}, "max_steps must be an integer"),
+    ({"max_steps": "10"}, "max_steps must be an integer"),
 ]
 
 
@@ -274,9 +308,27 @@ def test_unknown_form(make):
         make(field(), form="exakt")
 
 
+@pytest.mark.parametrize("t", [(1.0, 200.0), (1e-30, 1.0), (250.0, 1.0)])
+def test_times_beyond_the_range_of_the_state_s_dtype(t):
+    """They ended as NON_FINITE, which blamed the field."""
+    layer = nt.NesterovNODE(lambda t, h: -h, t=t, rtol=1e-2, atol=1e-2)
+    with raises(ValueError, "is out of torch.float32's range"):
+        layer(torch.ones(2, 3))
+    layer = nt.GNesterovNODE(lambda t, h: -h, t=(150.0, 151.0))  # whose κ is bounded
+    assert layer(torch.ones(2, 3)).isfinite().all()
+
+
 def test_forms_of_systems_that_have_none():
     with raises(ValueError, "form"):
         systems.Momentum(field(), form="exact")
+    for sign in (2.0, 0.0, math.nan):  # any other size belongs to the field
+        with pytest.raises(ValueError, match="sign must be 1 or -1"):
+            systems.Momentum(field(), sign=sign)
+    for factor in (-1.0, math.inf, True, "learnable"):
+        with pytest.raises(ValueError, match="damping_factor must be"):
+            systems.nesterov(field(), damping_factor=factor)
+    with pytest.raises(ValueError, match="damping_factor is"):
+        systems.Momentum(field(), damping_factor=5.0)
     with raises(ValueError, r"damping 'learned'.*did you mean 'learnable'"):
         systems.Momentum(field(), damping="learned")
 
@@ -395,6 +447,49 @@ def test_bad_adjoint_options():
         nt.gradients.Adjoint(method="dopri7")
 
 
+@pytest.mark.parametrize("value", ["x", True, [1e-3], 1j, torch.tensor(1e-3)], ids=str)
+def test_numbers_that_are_none(value):
+    for name in ("rtol", "atol"):
+        with raises(TypeError, rf"Adjoint {name} must be a positive number"):
+            nt.gradients.Adjoint(**{name: value})
+    for gate in (nt.gates.Softclip, nt.gates.Hardtanh):
+        with raises(TypeError, "gate bound must be a positive finite number, got"):
+            gate(value)
+    for name in ("every", "bound"):
+        with raises(ValueError, f"Reversible {name} must be"):
+            nt.gradients.Reversible(**{name: value})
+    with raises(TypeError, "controller alpha must be a number"):
+        nt.controllers.PI(alpha=value)
+    with raises(TypeError, "dim must be"):
+        nt.ANODE(field(), 1, dim=value)
+
+
+def test_a_bound_that_is_to_be_learned():
+    with raises(TypeError, r"gate bound .*got Parameter; a gate has no parameters.*number"):
+        nt.gates.Softclip(bound=nn.Parameter(torch.tensor(5.0)))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, lambda x: np.float16(x)])
+def test_numbers_of_numpy(number):
+    """As Python's own: they would turn up as numpy's arrays, or as other types for a compiler to guard."""
+    integer = np.int64 if number is not np.int64 else number
+    gradient = nt.gradients.Adjoint(rtol=number(1), atol=number(1))
+    layer = nt.GNesterovNODE(
+        lambda t, h: -h, nt.gates.Softclip(number(5)), number(1), rtol=number(1), atol=number(1), gradient=gradient,
+        first_step=number(1), max_steps=integer(100), controller=nt.controllers.PI(alpha=number(1), beta=number(0)),
+        t=(number(1), number(2)),
+    )  # fmt: skip
+    assert torch.is_tensor(layer(features(2, 2)))
+    s, c = layer.settings, layer.settings.options.controller
+    found = [s.rtol, s.options.first_step, s.options.max_steps, c.alpha, c.beta, layer.system.fixed_xi,
+             layer.system.gate_x.bound, gradient.rtol, *layer.t]  # fmt: skip
+    assert {type(x) for x in found} <= {int, float}
+    assert nt.ANODE(lambda t, h: -h, integer(2), dim=integer(1))(features(2, 2)).shape == (2, 4)
+    assert type(nt.gradients.Reversible(integer(9)).every) is int
+    steps = nt.solve(lambda t, h: -h, features(2, 2), (0.0, 1.0), method="rk4", step_size=number(1)).stats
+    assert steps.accepted == 1
+
+
 def test_an_adjoint_that_does_not_fit_the_forward_solve():
     f = field()
     h = features(2, 2).requires_grad_()
@@ -413,11 +508,38 @@ def test_an_adjoint_that_does_not_fit_the_forward_solve():
         (nt.HBNODE, "initial_velocty", "initial_velocity"),
         (nt.GNesterovNODE, "gat", "gate"),
         (nt.GNesterovNODE, "T", "t"),
+        (nt.NODE, "max_num_steps", "max_steps"),
     ],
 )
 def test_an_unknown_option_of_a_layer_names_the_nearest(layer, wrong, nearest):
     with pytest.raises(TypeError, match=rf"unknown option of {layer.__name__} '{wrong}': did you mean '{nearest}'"):
         layer(lambda t, h: h, **{wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "owners"),
+    [
+        (nt.HBNODE, "gate", "GHBNODE and GNesterovNODE"),
+        (nt.NesterovNODE, "xi", "GHBNODE and GNesterovNODE"),
+        (nt.HBNODE, "form", "NesterovNODE and GNesterovNODE"),
+        (nt.NODE, "augment", "ANODE"),
+        (nt.HBNODE, "params", "solve"),
+        (nt.GNesterovNODE, "options", "odeint and odeint_adjoint"),
+        (nt.GNesterovNODE, "adjoint_rtol", "odeint_adjoint"),
+        (nt.HBNODE, "return_velocity", "the call of a momentum layer"),
+    ],
+)
+def test_an_option_of_something_else_says_whose_it_is(layer, name, owners):
+    with pytest.raises(TypeError, match=rf"unknown option of {layer.__name__} '{name}': that is for {owners}; valid"):
+        layer(lambda t, h: h, **{name: 1})
+
+
+def test_no_guess_where_nothing_is_near():
+    for make in (lambda: nt.NODE(field(), colour=1), lambda: nt.NODE(field(), method="simplex")):
+        with pytest.raises((TypeError, ValueError)) as refused:
+            make()
+        assert "did you mean" not in str(refused.value)
+        assert "valid names are" in str(refused.value)
 
 
 def test_a_first_order_layer_knows_no_initial_velocity():

@@ -152,7 +152,7 @@ def test_the_operators_take_what_a_step_is_made_of():
     system = nt.systems.gnesterov(lambda t, h: torch.sin(3 * h * t), gate, 0.3)
     z, t, t1 = normal(10, dtype=torch.float64), 1.0, 1.3
     times = [t + c * (t1 - t) for c in method.c]
-    rows = [system.coefficients(s, 1.0, 0.3) for s in times]
+    rows = [system.rule.coefficients(s, 1.0, 0.3) for s in times]
     c = scalar([[r.scale, system.sign, r.q, r.minus_gamma] for r in rows])
     weights = step_weights(scalar([t1 - t]), c, method, True)
     rest = (c, weights, method, gate, gate)

@@ -1,5 +1,8 @@
 """Gradients: against finite differences, against each other, and where there can be none, an error."""
 
+import copy
+import math
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -21,6 +24,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import nesterov_triton as nt
+from nesterov_triton.solve import Settings, bind
 
 TIMES = torch.tensor([1.0, 1.25, 1.62, 2.0], dtype=torch.float64)  # two interior times, in different steps
 EXACT = ["discrete", "backprop"]
@@ -195,13 +199,25 @@ def test_adjoint_of_a_forward_solve_with_fixed_steps():
 
 
 def test_quadratures_in_the_norm_cost_steps():
-    counts = []
+    class Oscillating(nn.Module):
+        """Of the state it knows nothing: its cotangent is constant, and only the parameter's integral is left."""
+
+        def __init__(self):
+            super().__init__()
+            self.size = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, t, h):
+            return self.size * torch.sin(40 * t) + 0 * h
+
+    counts, errors = [], []
     for inside in (False, True):
-        layer = MODELS["NODE"].layer(rtol=1e-6, atol=1e-9, gradient=nt.gradients.Adjoint(quadratures_in_norm=inside))
-        # A loss that hardly depends on the state: only the parameters' quadratures are left to control.
-        (1e-6 * layer(features(3, 2).requires_grad_())).sum().backward()
+        strategy = nt.gradients.Adjoint(rtol=1e-6, atol=1e-6, quadratures_in_norm=inside)
+        layer = nt.NODE(Oscillating(), rtol=1e-2, atol=1e-2, gradient=strategy)
+        layer(features(3, 2)).sum().backward()
         counts.append(layer.stats.nfe_backward)
-    assert counts[1] >= counts[0]
+        errors.append(abs(float(layer.field.size.grad) - 6 * (math.cos(40) - math.cos(80)) / 40))
+    assert counts[1] > counts[0]
+    assert errors[1] < 1e-5
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -321,7 +337,13 @@ def test_params_may_be_an_iterator(gradient):
     net = nn.Linear(2, 2).double()
     y = nt.solve(lambda t, y: net(y), features(2, 2), (0.0, 1.0), params=net.parameters(), gradient=gradient).final
     y.sum().backward()
-    assert float(net.weight.grad.abs().max()) > 0
+    found = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    y = nt.solve(lambda t, y: net(y), features(2, 2), (0.0, 1.0), params=[*net.parameters()], gradient=gradient).final
+    y.sum().backward()
+    assert len(found) == 2
+    for p, grad in zip(net.parameters(), found, strict=True):
+        assert torch.equal(p.grad, grad)
 
 
 @pytest.mark.parametrize("loop", ["eager", "graph"])
@@ -656,3 +678,145 @@ def test_the_adjoint_sums_the_same_parameters_for_every_method(method, quadratur
         gradients(nt.gradients.Adjoint(quadratures_in_norm=quadratures_in_norm)), gradients("discrete"), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+class Conditioned(nn.Module):
+    """f(t, h) with a context that its user sets."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+        self.register_buffer("shift", torch.ones(2, dtype=torch.float64))
+        self.dropout = nn.Dropout(0.5)
+        self.context, self.factor = torch.ones(3, 1, dtype=torch.float64), 1.0
+
+    def forward(self, t, h):
+        u = torch.tanh(self.linear(torch.cat((h, self.context), dim=1)) + self.shift)
+        return self.factor * (self.dropout(u) if self.factor == 2 else u)
+
+
+CHANGES = {
+    "another context": lambda f: setattr(f, "context", 2 * f.context),
+    "a context written to": lambda f: f.context.mul_(2),
+    "a buffer written to": lambda f: f.shift.add_(1),
+    "a number": lambda f: setattr(f, "factor", 1.5),
+    "random numbers": lambda f: setattr(f, "factor", 2.0),
+}
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "nystrom4"])
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_a_field_that_has_changed_since_the_forward_pass_is_an_error(change, method):
+    """Gradients were those of another function, silently."""
+    options = {"step_size": 0.5} if method == "rk4" else {}
+    layer = nt.GNesterovNODE(Conditioned(), method=method, **options)
+    if change == "random numbers":
+        layer.field.factor = 2.0
+    y = layer(features(3, 2))
+    CHANGES[change](layer.field)
+    with pytest.raises(RuntimeError, match="another output in the backward pass than it gave"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", ["backprop", nt.gradients.Discrete(recompute=False)], ids=str)
+def test_a_field_may_change_where_it_is_not_called_again(gradient):
+    """A layer called in turn on several contexts, and one backward pass through all of it."""
+    found = []
+    for strategy in (gradient, "discrete"):
+        torch.manual_seed(0)
+        h, layers = features(3, 2), []
+        field = Conditioned()
+        for k in range(3):
+            if strategy == "discrete":  # the same by a field for each context
+                layers.append(field if k == 0 else copy.deepcopy(layers[0]))
+                layers[k].linear = layers[0].linear
+            else:
+                layers.append(field)
+            layers[k].context = k * torch.ones(3, 1, dtype=torch.float64)
+            h = nt.GNesterovNODE(layers[k], xi=0.5, gradient=strategy)(h)
+        h.square().sum().backward()
+        found.append(field.linear.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_the_adjoint_s_method_brings_its_own_controller():
+    """As every method does, unless a controller was asked for."""
+    system, state = nt.systems.nesterov(torch.sin), (features(3, 2), features(3, 2))
+    times = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    found = []
+    for controller in (None, nt.controllers.Integral(safety=0.5)):
+        settings = Settings.make(method="dopri5", controller=controller)
+        problem = bind(system, state, state[0], times, settings, (), nt.Stats())
+        found.append(nt.gradients.Adjoint(method="nystrom4").backward_problem(problem).options.controller)
+    own = nt.controllers.get(nt.methods.controller_of(nt.methods.get("nystrom4")))
+    assert found[0] == own != nt.controllers.Integral()
+    assert found[1] == nt.controllers.Integral(safety=0.5)
+
+
+KEEP = nt.gradients.Discrete(recompute=False)
+
+
+class Context(nn.Module):
+    """f(t, h, context, factor)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, t, h, context, factor=1.0):
+        return factor * torch.tanh(self.linear(torch.cat((h, t * context), dim=1)))
+
+
+def with_context(layer, call=None):
+    """(h(T), gradients of h0, of what the context comes from, and of the field) with a context that an encoder made."""
+    torch.manual_seed(3)
+    encoder, h = nn.Linear(4, 1, dtype=torch.float64), features(3, 2).requires_grad_()
+    out = (layer if call is None else call)(h, args=(encoder(features(3, 4)), 1.5))
+    wanted = (h, encoder.weight, layer.field.linear.weight)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
+
+
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+@pytest.mark.parametrize(
+    "gradient", ["discrete", nt.gradients.Discrete(recompute=False), "adjoint", "reversible"], ids=str
+)
+@pytest.mark.parametrize("kind", [nt.NODE, nt.HBNODE, nt.GNesterovNODE])
+@pytest.mark.filterwarnings("ignore:.*eager loop")
+def test_args_are_differentiated(kind, gradient, loop):
+    """Against autograd through every operation."""
+    if gradient == "reversible" and kind is nt.NODE:
+        pytest.skip("for momentum systems")
+    options = {"method": "strang", "step_size": 0.02} if gradient == "reversible" else {"rtol": 1e-10, "atol": 1e-10}
+    torch.manual_seed(0)
+    field = Context()
+    expected = with_context(kind(field, gradient="backprop", **options))
+    found = with_context(kind(field, gradient=gradient, loop=loop, **options))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8 if gradient == "adjoint" else 1e-12)
+
+
+def test_args_that_change_between_calls_of_one_layer():
+    """What an attribute of the field could not do: each call goes back by its own."""
+    torch.manual_seed(0)
+    field, found = Context(), []
+    for gradient in ("backprop", "discrete", "adjoint"):
+        layer = nt.GNesterovNODE(field, xi=0.5, gradient=gradient, rtol=1e-10, atol=1e-10)
+        h = features(3, 2).requires_grad_()
+        y = h
+        for k in range(3):
+            y = layer(y, args=(k * torch.ones(3, 1, dtype=torch.float64),))
+        found.append(torch.autograd.grad(y.square().sum(), (h, field.linear.weight)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-7, atol=1e-7)
+
+
+def test_args_of_solve_and_their_errors():
+    y = nt.solve(lambda t, y, a: a * y, torch.ones(1, dtype=torch.float64), (0.0, 1.0), args=(-1.0,), rtol=1e-9).final
+    torch.testing.assert_close(y.item(), math.exp(-1), rtol=1e-5, atol=1e-5)
+    h, context = features(3, 2), features(3, 1)
+    with pytest.raises(TypeError, match="args must be a tuple"):
+        nt.NODE(Context())(h, args=context)
+    with pytest.raises(TypeError, match=r"called as f\(t, h\) and takes \(t, h, context, factor\); pass .* args="):
+        nt.NODE(Context())(h)
+    total = nt.NODE(Context())(h, args=(context.requires_grad_(),)).sum()
+    with pytest.raises(RuntimeError, match="second derivatives with tensors in args"):
+        torch.autograd.grad(total, context, create_graph=True)

@@ -393,13 +393,26 @@ def test_max_num_steps_counts_the_whole_solve():
 # -- what is handed over, and what is refused --------------------------------------------------------------------------
 
 
+def test_methods_of_solve_are_pointed_to():
+    system, state, t = nt.systems.gnesterov(Field(3, 4)), (start(), start()), tensor([1.0, 2.0])
+    for method in ("nystrom4", "nystrom6", "strang", "blanes_moan4", "auto"):
+        for solve in (nt.odeint, nt.odeint_adjoint):
+            with pytest.raises(ValueError, match=rf"method '{method}' is solve's: .*nt\.solve\(.*method='{method}'"):
+                solve(system, state, t, method=method)
+    for theirs, ours in (("rk4_38", "rk4"), ("prince_dormand8", "dopri8")):
+        with pytest.raises(ValueError, match=rf"method '{theirs}' is solve's.*method='{ours}', its name here"):
+            nt.odeint(system, state, t, method=theirs)
+    with pytest.raises(ValueError, match=r"adjoint_method 'nystrom4' is solve's"):
+        nt.odeint_adjoint(system, state, t, adjoint_method="nystrom4")
+
+
 @pytest.mark.parametrize("method", opt.HANDED_OVER)
 def test_other_methods_are_torchdiffeqs(method):
     f, t = Field(3, 4), tensor([0.0, 0.5, 1.0])
     options = {} if method == "scipy_solver" else {"step_size": 0.1}
     theirs = torchdiffeq.odeint(f, start(), t, method=method, options=options)
     assert torch.equal(nt.odeint(f, start(), t, method=method, options=options), theirs)
-    with pytest.raises(ValueError, match="did you mean"):
+    with pytest.raises(ValueError, match=r"unknown option of method .* in options 'step_sise'"):
         nt.odeint(f, start(), t, method=method, options={"step_sise": 0.1})
     with pytest.raises(ValueError, match="drop return_stats"):
         nt.odeint(f, start(), t, method=method, return_stats=True)
@@ -637,3 +650,15 @@ def test_a_permuted_batch_gives_permuted_answers(seed):
     f, y0, t = Field(3, 4, seed=seed), features(6, 3, seed=seed), tensor([0.0, 0.5, 1.0])
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(nt.odeint(f, y0[order], t), nt.odeint(f, y0, t)[:, order], rtol=1e-9, atol=1e-9)
+
+
+class Turn(nn.Module):
+    def forward(self, t, y):
+        return 1j * y
+
+
+def test_complex_states_without_elements():
+    y0 = torch.zeros(0, 3, dtype=torch.complex128)
+    for solver in (nt.odeint, nt.odeint_adjoint):
+        y = solver(Turn(), y0, torch.tensor([0.0, 1.0]))
+        assert (y.shape, y.dtype) == ((2, 0, 3), torch.complex128)

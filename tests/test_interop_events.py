@@ -239,3 +239,15 @@ def test_dense_tuples_and_limits():
         nt.odeint_dense(lambda t, y: y, features(2), 0.0, 1.0, method="implicit_adams")
     with pytest.raises(ValueError, match="is missing"):
         nt.odeint_dense(lambda t, y: y, features(2), 0.0, 1.0, method="rk4")
+
+
+def test_a_dense_solution_says_that_its_start_has_no_gradient():
+    """It was None, silently, and wrong where both ends came from one tensor."""
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="t0 needs a gradient"):
+        nt.odeint_dense(lambda t, y: -y, y0, t[0], t[-1])
+    with torch.no_grad():
+        nt.odeint_dense(lambda t, y: -y, y0, t[0], t[-1])
+    (g,) = torch.autograd.grad(nt.odeint_dense(lambda t, y: -y, y0, t[0].detach(), t[-1])(t[-1]).sum(), t)
+    torch.testing.assert_close(g[1].item(), -math.exp(-1), rtol=1e-6, atol=1e-6)

@@ -1,6 +1,7 @@
 """Gradients through the front door: against autograd through tight solves, torchdiffeq's, and what each promises."""
 
 import gc
+import math
 import threading
 import weakref
 
@@ -409,3 +410,92 @@ def test_two_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("options", [None, {"grid_constructor": lambda func, y, t: t}])
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_args_and_every_point_of_a_grid_at_once(method, options):
+    """A solve a step: the backward pass of each meets the args that it was made with."""
+    found = []
+    for solver, extra in ((nt.odeint, True), (torchdiffeq.odeint, False)):
+        theta = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+        y0 = torch.ones(1, dtype=torch.float64)
+        if extra:
+            y = solver(lambda t, y, a: -a * y, y0, t, args=(theta,), method=method, options=options)
+        else:
+            y = solver(lambda t, y, a=theta: -a * y, y0, t, method=method, options=options)
+        found.append(torch.autograd.grad(y.square().sum(), (theta, t)))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+class Decay(nn.Module):
+    def forward(self, t, y):
+        return -y
+
+
+def test_grids_of_the_adjoint_s_own():
+    """The constructor that is called backward is the one of adjoint_options, whatever the forward grid is."""
+    calls = {"forward": 0, "backward": 0}
+
+    def grid(name, count):
+        def construct(func, y0, t):
+            calls[name] += 1
+            return torch.linspace(float(t[0]), float(t[-1]), count, dtype=torch.float64)
+
+        return construct
+
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    counts = []
+    for forward in ({"step_size": 0.25}, {"grid_constructor": grid("forward", 5)}):
+        y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        y, stats = nt.odeint_adjoint(
+            Decay(), y0, t, method="rk4", options=forward,
+            adjoint_options={"grid_constructor": grid("backward", 11)}, return_stats=True,
+        )  # fmt: skip
+        y[-1].sum().backward()
+        counts.append(stats.nfe_backward)
+        assert abs(float(y0.grad) - math.exp(-1)) < 1e-4
+    assert counts == [40, 40]  # ten steps of four evaluations
+    assert calls["backward"] == 2
+
+
+class Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(2, 2, dtype=torch.float64), nn.Dropout(0.5)
+
+    def forward(self, t, y):
+        return torch.tanh(self.dropout(self.linear(y)))
+
+
+class Normed(nn.Module):
+    """Spectral norm changes its buffers at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2, dtype=torch.float64))
+
+    def forward(self, t, y):
+        return torch.tanh(self.linear(y))
+
+
+@pytest.mark.parametrize("kind", [Drops, Normed])
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({"rtol": 1.0, "atol": 1.0}, lambda *a, **k: nt.odeint(*a, gradient="backprop", **k)),
+        ({"method": "rk4", "options": {"step_size": 0.05}}, torchdiffeq.odeint),
+    ],
+    ids=["adaptive", "fixed"],
+)
+def test_functions_that_are_another_at_every_call_are_differentiated_as_they_were_called(kind, options, reference):
+    y0, t = features(3, 2), torch.tensor([0.0, 0.1], dtype=torch.float64)
+    found = []
+    for solver in (nt.odeint, reference):
+        torch.manual_seed(0)
+        func = kind()
+        y = solver(func, y0, t, **options)
+        y[-1].square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in func.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

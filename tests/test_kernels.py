@@ -238,7 +238,7 @@ def step_by_kernels(system, tableau, t, t1, z, tolerance, slope=None, pairs=True
         return system.field(at, h, m) if system.sees_momentum else system.field(at, h)
 
     times = stage_times(t, t1, tableau.c)
-    found = [system.coefficients(s, float(system.damping), float(system.xi)) for s in times]
+    found = [system.rule.coefficients(s, float(system.damping), float(system.xi)) for s in times]
     rows = [[c.scale or 1.0, c.drive or system.sign, c.q or 0.0, c.minus_gamma or 0.0] for c in found]
     c, dt = scalar(rows), scalar(t1 - t)
     pair = system.gate_x, system.gate_f

@@ -95,6 +95,105 @@ def test_repr_says_how_it_solves(name):
         assert "augment=2" in text
 
 
+def test_repr_says_in_a_line_what_differs_from_the_default():
+    def line(layer):
+        return layer.extra_repr()
+
+    usual = "method=dopri5, rtol=1e-05, atol=1e-05, gradient=discrete"
+    assert line(nt.GNesterovNODE(Net())) == usual
+    layer = nt.GNesterovNODE(Net(), "tanh", 0.25, form="exact", t=(1, 3), max_steps=7, loop="graph", controller="pi")
+    changed = "controller=pi, max_steps=7, loop=graph, t=(1.0, 3.0)"
+    assert line(layer) == f"gate=Tanh(bound=1.0), xi=0.25, form=exact, {usual}, {changed}"
+    assert line(nt.HBNODE(Net(), method="strang", step_size=0.1)) == "method=strang, gradient=discrete, step_size=0.1"
+    many = nt.HBNODE(Net(), t=torch.linspace(0, 1, 100), gradient=nt.gradients.Reversible(7), method="auto")
+    assert "gradient=Reversible(every=7, bound=None)" in line(many)
+    assert "t=0.0...1.0 (100 times)" in line(many)
+    assert "t=learned" in line(nt.NODE(Net(), t=nn.Parameter(torch.tensor([0.0, 1.0]))))
+    assert len(repr(layer.settings)) < 500
+    assert repr(nt.tableaus.get("dopri5")) == "Tableau('dopri5', order=5, stages=7)"
+
+
+OPTIONS = {
+    "method": "strang", "rtol": 1e-3, "atol": torch.full((1,), 1e-4), "gradient": nt.gradients.Reversible(5),
+    "controller": "integral", "first_step": 0.1, "max_steps": 500, "loop": "eager",
+}  # fmt: skip
+
+
+def test_options_are_what_they_were_made_of():
+    layer = nt.GNesterovNODE(Net(), **OPTIONS)
+    assert dict(layer.options) == {**OPTIONS, "step_size": None}
+    again = nt.GNesterovNODE(Net(), **layer.options)
+    assert repr(again.settings) == repr(layer.settings)
+    with pytest.raises(TypeError, match="item assignment"):
+        layer.options["rtol"] = 1.0
+    for name in nt.methods.METHODS:
+        step = {} if nt.methods.get(name).adaptive else {"step_size": 0.1}
+        assert nt.HBNODE(Net(), method=name, **step).options["method"] == name
+    for name in nt.gradients.GRADIENTS:
+        assert nt.HBNODE(Net(), gradient=name, method="strang").options["gradient"] == name
+    assert nt.HBNODE(Net(), method="auto").options["method"] == "auto"
+
+
+def test_configure_replaces_options_and_keeps_the_others():
+    layer, h = nt.GNesterovNODE(Net(), rtol=1e-2, atol=1e-2), torch.randn(4, 3)
+    rough = layer(h)
+    assert layer.configure(rtol=1e-9, atol=1e-9, method="dopri8") is layer
+    fine = layer(h)
+    assert layer.stats.method == "dopri8"
+    assert not torch.equal(rough, fine)
+    same = nt.GNesterovNODE(layer.field, rtol=1e-9, atol=1e-9, method="dopri8").to(h)
+    same.load_state_dict(layer.state_dict())
+    assert torch.equal(same(h), fine)
+    layer.configure(method="auto", gradient="reversible")
+    assert layer(h).shape == h.shape
+    assert layer.stats.method == "blanes_moan4"
+    assert (layer.options["rtol"], layer.options["method"]) == (1e-9, "auto")
+    twin = pickle.loads(pickle.dumps(layer))
+    assert dict(copy.deepcopy(layer).options) == dict(twin.options) == dict(layer.options)
+    assert torch.equal(twin(h), layer(h))
+
+
+def test_a_refused_configuration_changes_nothing():
+    layer = nt.SONODE(Net(sees_momentum=True), method="rk4", step_size=0.25)
+    before = dict(layer.options)
+    for options, error, match in (
+        ({"method": "dopri"}, ValueError, "did you mean 'dopri5'"),
+        ({"rtol": -1.0}, ValueError, "rtol"),
+        ({"rtoll": 1.0}, TypeError, "did you mean 'rtol'"),
+        ({"gate": "tanh"}, TypeError, "that is for GHBNODE and GNesterovNODE"),
+        ({"method": "dopri5"}, ValueError, r"step_size belongs.*step_size = 0\.25.*step_size=None"),
+        ({"method": "nystrom4"}, ValueError, "position alone"),
+    ):
+        with pytest.raises(error, match=match):
+            layer.configure(**options)
+        assert dict(layer.options) == before
+    assert layer.configure(method="dopri5", step_size=None).options["step_size"] is None
+
+
+def test_assignment_that_nothing_would_read_is_refused():
+    layer = nt.GNesterovNODE(Net())
+    for name in (*OPTIONS, "step_size"):
+        with pytest.raises(AttributeError, match=rf"layer\.configure\({name}="):
+            setattr(layer, name, OPTIONS.get(name, 0.1))
+    for name, value, match in (
+        ("field", Net(), r"layer\.system\.field"),
+        ("gate", "tanh", "another layer"),
+        ("gate", nn.Tanh(), "another layer"),
+        ("xi", 1.0, "another layer"),
+        ("form", "exact", "another layer"),
+        ("options", {}, "configure"),
+    ):
+        with pytest.raises(AttributeError, match=match):
+            setattr(layer, name, value)
+
+    class Own(nt.NODE):
+        def __init__(self, field):
+            super().__init__(field)
+            self.gate = nn.Linear(3, 3)
+
+    assert isinstance(Own(Net()).gate, nn.Linear)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_stats(name, gradient):
@@ -430,3 +529,18 @@ def test_times_that_are_parameters_are_the_layers():
     assert "t" in dict(layer.named_parameters())
     with pytest.raises(ValueError, match="t must be one tensor"):
         nt.NODE(field, t=[1.0, torch.nn.Parameter(torch.tensor(2.0))])
+
+
+@pytest.mark.parametrize("form", ["absorbed", "exact"])
+@pytest.mark.parametrize(
+    "gate", ["softclip", "hardtanh", "identity", torch.atan, torch.relu], ids=lambda g: getattr(g, "__name__", g)
+)
+def test_inference_mode_is_no_grad(gate, form):
+    """A callable gate's derivative was zero there: in the velocity, and in the start of the exact form."""
+    layer = nt.GNesterovNODE(lambda t, h: torch.sin(h), gate=gate, xi=0.5, form=form)
+    h = features(3, 2)
+    with torch.no_grad():
+        expected = layer(h, return_velocity=True)
+    with torch.inference_mode():
+        found = layer(h, return_velocity=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

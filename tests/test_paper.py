@@ -24,17 +24,16 @@ pytest.importorskip("matplotlib")
 import nesterov_triton as nt
 from nesterov_triton.experiments import runner
 from nesterov_triton.experiments.cli import COMMANDS, device_of, main
-from nesterov_triton.experiments.data import images
+from nesterov_triton.experiments.data import files, images
+from nesterov_triton.experiments.data.download import DownloadError
 from nesterov_triton.experiments.experiment import CommandError, Experiment, Settings, Split
 from nesterov_triton.experiments.folder import Folder
 from nesterov_triton.experiments.models import (
     MODELS,
     PAPER,
-    Damped,
     Evolution,
     FirstOrderForm,
     build_layer,
-    damped_scale,
 )
 from nesterov_triton.experiments.paper import EXPERIMENTS, cifar10, mnist, point_cloud, silverbox, walker2d
 from nesterov_triton.experiments.processes import Processes
@@ -226,6 +225,11 @@ def test_defaults_are_all_models_and_settings_are_shown(capsys: pytest.CaptureFi
         (("mnist", "--xi", "-1"), ("--xi", "learnable")),
         (("mnist", "--models", "NesterovNODE-publishd"), ("did you mean 'NesterovNODE-published'",)),
         (("mnsit",), ("did you mean 'mnist'",)),
+        (("mnist", "--models", "NODE", "--method", "nystrom4"), ("NODE: ", "'nystrom4'", "momentum systems")),
+        (("silverbox", "--method", "nystrom4", "--models", "ANODE"), ("ANODE: ", "'nystrom4'", "momentum systems")),
+        # Its steps' lengths are each sample's own, so all its solves are of a first-order form.
+        (("walker2d", "--method", "nystrom4", "--models", "HBNODE"), ("HBNODE: ", "'nystrom4'", "dopri5")),
+        (("cifar10", "--gradient", "reversible"), ("--gradient", "strang")),
     ],
 )
 def test_wrong_requests(
@@ -234,6 +238,29 @@ def test_wrong_requests(
     assert command("reproduce", *arguments, "--output", tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
+    assert message.count("\n") == 1, message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("experiment", ["mnist", "silverbox"])
+def test_data_that_cannot_be_had_leave_no_folder(
+    experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise DownloadError("no connection")
+
+    monkeypatch.setattr(files, "download", fail)
+    arguments = ("--data", tmp_path / "data", "--output", tmp_path / "out")
+    for again in ((), ("--overwrite",)):
+        assert command("reproduce", experiment, *arguments, *again) == 2
+        assert "could not be downloaded" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert (
+        command("compare", "point-cloud", "--models", "NODE", "--epochs", 1, "--tolerance", 1e-2, *arguments[2:]) == 0
+    )
+    rows = (tmp_path / "out" / "history.csv").read_bytes()
+    assert command("reproduce", experiment, *arguments, "--overwrite") == 2
+    assert (tmp_path / "out" / "history.csv").read_bytes() == rows  # the old run is not lost to a broken connection
 
 
 # -- the systems -------------------------------------------------------------------------------------------------------
@@ -339,53 +366,6 @@ def test_walker_predictions_see_their_own_input_and_none_after(model: str) -> No
         influence = gradient[0, :, :17].abs().sum(dim=1)
         assert influence[i] > 0
         assert influence[i + 1 :].eq(0).all()
-
-
-@pytest.mark.parametrize("factor", [3.0, 5.0, 10.0])
-@pytest.mark.parametrize("gate", ["identity", "softclip:0.7"])
-def test_the_damping_factor(factor: float, gate: str) -> None:
-    """x' = σ(m), m' = -m - σ(f(t, σ(k) x)) - ξ σ(k) x with k = t^(-r/2) e^(t/2), against scipy."""
-    integrate = pytest.importorskip("scipy.integrate")
-    torch.manual_seed(0)
-    field = Field(3, 3).double()
-    sigma = nt.gates.Identity() if gate == "identity" else nt.gates.Softclip(0.7)
-    system = Damped(field, factor, gate_x=sigma, gate_f=sigma, xi=0.4)
-    layer = nt.nn.MomentumLayer(system, initial_velocity=nn.Tanh(), rtol=1e-10, atol=1e-12)
-    h, _ = state(2)
-
-    def squash(x: Tensor) -> Tensor:
-        return x if gate == "identity" else 0.7 * torch.tanh(x / 0.7)
-
-    def kappa(t: float) -> Tensor:
-        return squash(torch.tensor(t ** (-factor / 2) * math.exp(t / 2), dtype=torch.float64))
-
-    @torch.no_grad()
-    def slope(t: float, y: np.ndarray) -> np.ndarray:
-        x, m = torch.from_numpy(y).view(2, 2, 3)
-        seen = kappa(t) * x
-        force = -m - squash(field(torch.tensor(t, dtype=torch.float64), seen)) - 0.4 * seen
-        return torch.cat([squash(m).flatten(), force.flatten()]).numpy()
-
-    start = torch.cat([(h / kappa(1.0)).flatten(), h.tanh().flatten()]).numpy()
-    end = integrate.solve_ivp(slope, (1.0, 2.0), start, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
-    x, m = torch.from_numpy(end).view(2, 2, 3)
-    found, velocity = layer(h, return_velocity=True)
-    torch.testing.assert_close(found, kappa(2.0) * x, rtol=1e-8, atol=1e-8)
-    t = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    k = squash(damped_scale(t, factor))
-    (rate,) = torch.autograd.grad(k, t)
-    torch.testing.assert_close(velocity, k.detach() * squash(m) + rate * x, rtol=1e-8, atol=1e-8)
-
-
-def test_three_is_the_package_s_own() -> None:
-    field = Field(3, 3)
-    t = torch.tensor([1.0, 1.7, 2.0], dtype=torch.float64)
-    ours, own = Damped(field, 3.0, gate_x="tanh", xi=0.4), nt.systems.gnesterov(field, "tanh", 0.4)
-    for a, b in zip(ours.coefficients(t, 1.0, 0.4), own.coefficients(t, 1.0, 0.4), strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b)
-    torch.testing.assert_close(ours.scale_and_rate(t), own.scale_and_rate(t))
 
 
 @pytest.mark.parametrize("model", ["NesterovNODE-published", "GNesterovNODE-published"])

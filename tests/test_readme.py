@@ -1,4 +1,4 @@
-"""The README's example runs, and what it says of names and errors is what the package says."""
+"""The examples of the READMEs run, their links lead somewhere, and what they say of names and errors is so."""
 
 import inspect
 import re
@@ -11,18 +11,44 @@ import nesterov_triton as nt
 from nesterov_triton.gradients import GRADIENTS
 from nesterov_triton.interop.options import METHODS
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("nesterov_triton", "benchmarks", "tests")
+PAGES = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("README.md"))]
+FRONT = "README.md"
+REFERENCE = "nesterov_triton/README.md"
+GRADIENTS_PAGE = "nesterov_triton/gradients/README.md"
+STEPPING = "nesterov_triton/stepping/README.md"
+INTEROP = "nesterov_triton/interop/README.md"
 
 
-def section(title):
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def section(page, title):
+    return read(page).split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def examples(page):
+    return re.findall(r"^```python\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
+
+
+EXAMPLES = [pytest.param(p, i, id=f"{name(p)}-{i}") for p in PAGES for i in range(len(examples(p)))]
+
+
+def run(page, index):
+    torch.manual_seed(0)
+    scope = {}
+    exec(compile(examples(page)[index], str(page), "exec"), scope)
+    return scope
 
 
 def test_the_example_runs_and_learns():
-    code = re.findall(r"```python\n(.*?)```", section("A layer in your own training loop"), re.DOTALL)[0]
-    torch.manual_seed(0)
-    scope = {}
-    exec(compile(code, "README", "exec"), scope)
+    scope = run(FRONT, 0)
     assert scope["loss"].item() < 0.5  # ten unit normals summed: variance 10 before training
     stats = scope["model"][1].stats
     assert stats.nfe_forward > 0
@@ -31,31 +57,69 @@ def test_the_example_runs_and_learns():
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning's, about loggers and workers
 def test_the_example_under_lightning_runs_and_learns(capsys):
-    code = re.findall(r"```python\n(.*?)```", section("A layer in your own training loop"), re.DOTALL)[1]
-    torch.manual_seed(0)
-    scope = {}
-    exec(compile(code, "README", "exec"), scope)
-    metrics = scope["trainer"].callback_metrics
+    metrics = run(REFERENCE, 1)["trainer"].callback_metrics
     assert metrics["loss"] < 5  # variance 10 before training
     assert metrics["nfe_forward"] > 0
 
 
+@pytest.mark.parametrize(("page", "index"), [e for e in EXAMPLES if e.id not in (f"{FRONT}-0", f"{REFERENCE}-1")])
+def test_every_other_example_runs(page, index, capsys):
+    run(page, index)
+
+
 def test_there_are_two_commands_for_a_fresh_machine():
-    commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    commands = re.findall(r"```sh\n(.*?)```", read(FRONT), re.DOTALL)
     assert len(commands) == 2
     assert all(c.startswith("pip install ") for c in commands)
 
 
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=name(p)) for p in PAGES])
+def test_every_relative_link_leads_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_every_page_is_reached_from_the_first():
+    """Over links from page to page."""
+    reached, left = set(), [ROOT / FRONT]
+    while left:
+        page = left.pop()
+        if page not in reached:
+            reached.add(page)
+            paths = re.findall(r"\]\(([^)\s#]+README\.md)", page.read_text(encoding="utf-8"))
+            left += [(page.parent / path).resolve() for path in paths]
+    assert reached >= {page.resolve() for page in PAGES}
+
+
 def test_every_layer_gradient_method_and_status_is_in_its_table():
-    models = section("Models")
-    for name in ("NODE", "ANODE", "SONODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE"):
-        assert f"| `{name}(field" in models
-    for name in nt.methods.METHODS:
-        assert f"`{name}`" in models
-    for name in GRADIENTS:
-        assert f'| `"{name}"`' in section("Choosing a gradient")
+    models = section(FRONT, "Models")
+    for layer in ("NODE", "ANODE", "SONODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE"):
+        assert f"| `{layer}(field" in models
+    for method in nt.methods.METHODS:
+        assert f"`{method}`" in section(REFERENCE, "Layer options")
+        assert f"`{method}`" in section(STEPPING, "Methods")
+    for method in nt.nystrom.METHODS:
+        assert f'| `"{method}"`' in section(STEPPING, "Methods for momentum systems")
+    for gradient in GRADIENTS:
+        assert f'| `"{gradient}"`' in section(FRONT, "Choosing a gradient")
+        assert f'| `"{gradient}"`' in read(GRADIENTS_PAGE)
     for status in nt.Status:
-        assert status is nt.Status.SUCCESS or f"| `{status.name}` |" in section("Errors")
+        assert status is nt.Status.SUCCESS or f"| `{status.name}` |" in section(STEPPING, "How a solve ends")
 
 
 @pytest.mark.parametrize(
@@ -86,25 +150,27 @@ def test_every_layer_gradient_method_and_status_is_in_its_table():
     ],
 )
 def test_the_errors_quoted_are_the_errors_raised(quoted, provoke):
-    assert quoted in section("Errors")
+    assert quoted in section(REFERENCE, "Errors")
     with pytest.raises((ValueError, TypeError), match=quoted):
         provoke(torch.ones(3, 2))
 
 
 def test_every_method_of_the_front_door_is_in_its_table():
-    text = section("Coming from torchdiffeq")
-    for name in METHODS:
-        assert re.search(rf"\b{name}\b", text)
-    for name in ("odeint", "odeint_adjoint", "odeint_event", "odeint_dense"):
-        assert f"`{name}" in text
-        assert name in nt.__all__
+    text = read(INTEROP)
+    for method in METHODS:
+        assert re.search(rf"\b{method}\b", text)
+    for function in ("odeint", "odeint_adjoint", "odeint_event", "odeint_dense"):
+        assert f"`{function}" in text
+        assert f"`{function}" in section(FRONT, "Coming from torchdiffeq")
+        assert function in nt.__all__
 
 
 def test_one_import_is_enough():
-    (line,) = re.findall(r"```python\n(.*?)\n```", section("Coming from torchdiffeq"), re.DOTALL)
+    (line,) = re.findall(r"```python\n(.*?)\n```", section(FRONT, "Coming from torchdiffeq"), re.DOTALL)
     scope = {}
     exec(line, scope)
     assert scope["odeint"] is nt.odeint_adjoint
+    assert examples(INTEROP)[0].strip() == line
 
 
 def public():

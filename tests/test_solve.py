@@ -437,3 +437,26 @@ def test_a_field_may_return_memory_that_it_writes_to_again(gradient):
     options = {"method": "rk4", "step_size": 0.25, "gradient": gradient}
     found = nt.solve(lambda t, h: torch.sub(t, h, out=held), *arguments, **options).final
     assert torch.equal(found, nt.solve(lambda t, h: t - h, *arguments, **options).final)
+
+
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+def test_a_slope_of_infinite_norm_is_no_reason_to_give_up(loop):
+    """Without an absolute tolerance, at a state of 0: the first step is a short one, not one of length 0."""
+    y0 = torch.zeros(2, dtype=torch.float64)
+    found = nt.solve(lambda t, y: torch.ones_like(y), y0, (0.0, 1.0), rtol=1e-5, atol=0.0, loop=loop)
+    torch.testing.assert_close(found.final, torch.ones_like(y0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+@pytest.mark.parametrize("gap", [1e-3, 1e-9, math.ulp(1.0)])
+def test_a_short_interval_does_not_shorten_the_steps_of_the_next(gap, loop):
+    """The adjoint goes from one requested time to the one before; the first way may be a sliver."""
+    torch.manual_seed(0)
+    field, h = Field().double(), features(3, 2)
+    spent = []
+    for times in ((1.0, 2.0), (1.0, 2.0 - gap, 2.0)):
+        controller = nt.controllers.Integral(max_factor=2.0)
+        layer = nt.NODE(field, t=times, gradient="adjoint", controller=controller, loop=loop)
+        layer(h.requires_grad_()).sum().backward()
+        spent.append(layer.stats.nfe_backward)
+    assert spent[1] <= spent[0] + 10  # a start, a step and a change of the slope more

@@ -157,7 +157,7 @@ def test_the_readme_says_what_is_counted():
         (traffic.nystrom_reverse_step(NYSTROM4, gated=False), traffic.nystrom_reverse_floor(NYSTROM4, gated=False)),
         (traffic.nystrom_reverse_step(NYSTROM4, gated=True), traffic.nystrom_reverse_floor(NYSTROM4, gated=True)),
     ]
-    said = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    said = Path(__file__).parent.parent.joinpath("nesterov_triton", "ops", "README.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| (?:forward|adjoint|discrete).*\| (\d+) \| (\d+) \| (\d+) \|$", said, flags=re.MULTILINE)
     counted = [(len(launches), sum(launch.rows for launch in launches), floor) for launches, floor in rows]
     assert [tuple(map(int, row)) for row in table] == counted

@@ -172,3 +172,55 @@ def test_damping_starts_where_the_paper_starts_it():
         assert raw.shape == ()
         assert float(raw.detach()) == -3.0
         assert math.isclose(layer.system.damping.item(), 1 / (1 + math.e**3), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("times", [(1.0, 2.0), (2.0, 0.7)])
+@pytest.mark.parametrize("factor", [0.0, 3.0, 5.0])
+def test_the_damping_factor_in_the_exact_form(factor, times):
+    """h'' + (r/t) h' = -f(t, h), as it stands, against scipy."""
+    field, h, v = Field().double(), features(3, 2), features(3, 2, seed=2)
+    layer = nt.NesterovNODE(
+        field, form="exact", damping_factor=factor, initial_velocity=lambda _: v, t=times, rtol=1e-10, atol=1e-12
+    )
+
+    def slope(t, y):
+        h, dh = torch.from_numpy(y).view(2, 3, 2)
+        with torch.no_grad():
+            force = -field(torch.tensor(t, dtype=torch.float64), h) - factor / t * dh
+        return torch.stack((dh, force)).reshape(-1).numpy()
+
+    end = exact_solution(slope, torch.stack((h, v)).reshape(-1).numpy(), list(times))[-1]
+    found = torch.stack(layer(h, return_velocity=True)).detach().reshape(-1).numpy()
+    np.testing.assert_allclose(found, end, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("gate", [None, 0.7])
+def test_the_damping_factor_in_the_absorbed_form(gate):
+    """x' = σ(m), m' = -m - σ(f(t, σ(k) x)) - ξ σ(k) x with k = t^(-5/2) e^(t/2), against scipy."""
+    field, h, v = Field().double(), features(3, 2), features(3, 2, seed=2)
+    sigma = nt.gates.Identity() if gate is None else nt.gates.Softclip(gate)
+    layer = nt.GNesterovNODE(
+        field, sigma, 0.4, damping_factor=5.0, initial_velocity=lambda _: v, rtol=1e-10, atol=1e-12
+    )
+
+    def squash(x):
+        return x if gate is None else gate * np.tanh(x / gate)
+
+    def kappa(t):
+        return squash(t**-2.5 * math.exp(t / 2))
+
+    def slope(t, y):
+        x, m = y.reshape(2, 3, 2)
+        with torch.no_grad():
+            u = field(torch.tensor(t, dtype=torch.float64), torch.from_numpy(kappa(t) * x)).numpy()
+        return np.stack((squash(m), -m - squash(u) - 0.4 * kappa(t) * x)).reshape(-1)
+
+    start = np.stack((h.numpy() / kappa(1.0), v.numpy())).reshape(-1)
+    x, m = exact_solution(slope, start, [1.0, 2.0])[-1].reshape(2, 3, 2)
+    found, velocity = layer(h, return_velocity=True)
+    np.testing.assert_allclose(found.detach().numpy(), kappa(2.0) * x, rtol=1e-8, atol=1e-8)
+    t = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    k = t**-2.5 * torch.exp(t / 2)
+    (rate,) = torch.autograd.grad(k if gate is None else gate * torch.tanh(k / gate), t)
+    expected = kappa(2.0) * squash(m) + rate.item() * x
+    np.testing.assert_allclose(velocity.detach().numpy(), expected, rtol=1e-8, atol=1e-8)

@@ -296,12 +296,12 @@ def _initial_step(plan: Plan, flow: Flow, t: Tensor, end: Tensor, rows: Rows, fi
     d0, d1 = norm(rows), norm(first[:n])
     known = torch.isfinite(d0) & torch.isfinite(d1)
     small = ~known | (d0 < 1e-5) | (d1 < 1e-5)
-    h0 = torch.minimum(torch.where(small, torch.full_like(d0, 1e-6), 0.01 * d0 / d1), span)
+    guess = torch.where(small, torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
+    h0 = torch.minimum(guess, span)
     trial = combine(rows, sign * h0, [first], (1.0,))
     second = flow.at(torch.where(h0 < span, t + sign * h0, end), trial)
     d2 = norm([b - a for a, b in zip(first[:n], second[:n], strict=True)]) / h0
     slope = torch.maximum(d1, d2)
     order = plan.tableau.error_order + 1
     h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / slope) ** (1 / order))
-    chosen = torch.minimum(torch.minimum(100 * h0, h1), span)
-    return torch.where(torch.isfinite(d2), chosen, h0)
+    return torch.where(torch.isfinite(d2) & torch.isfinite(d1), torch.minimum(100 * guess, h1), h0)

@@ -19,7 +19,7 @@ from nesterov_triton.compiled.gradients import Adjoint, Counts, Discrete, Settin
 from nesterov_triton.compiled.loop import Plan
 from nesterov_triton.compiled.reversible import Reversible
 from nesterov_triton.compiled.step import stages_back
-from nesterov_triton.compiled.system import Bound
+from nesterov_triton.compiled.system import TENSOR, Bound, put
 from nesterov_triton.gradients import leaves
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.status import Stats
@@ -54,6 +54,7 @@ def run(
     settings: Any,
     params: Sequence[Tensor] = (),
     traced: bool = False,
+    args: tuple[Any, ...] = (),
 ) -> CompiledSolution:
     """`nesterov_triton.solve.run` for a tracer: no check that needs values, and failures as NaN and a status.
 
@@ -74,7 +75,10 @@ def run(
     own = dict(field.named_parameters()) if isinstance(field, nn.Module) else {}
     trained = {name: p for name, p in own.items() if p.requires_grad}
     scalars = {name: value.to(h.device, torch.float64) for name, value in system.scalars().items()}
-    tensors = [*scalars.values(), *trained.values()]
+    given = tuple(a for a in args if isinstance(a, Tensor))
+    if any(not a.is_floating_point() for a in given):
+        raise RuntimeError("args that are tensors must be floating-point ones under torch.compile")
+    tensors = [*scalars.values(), *trained.values(), *given]
     kind = h.device.type
     autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     gradient, controller = settings.gradient, settings.options.controller
@@ -85,13 +89,23 @@ def run(
         )
     rtol, atol, options = (settings.rtol, settings.atol, settings.options) if traced else _settings(settings)
     plan = Plan(settings.tableau, rtol, atol, options)
-    bound = Bound(system, *_rule(system), tuple(scalars), tuple(trained), autocast)
+    bound = Bound(system, *_rule(system), tuple(scalars), tuple(trained), autocast, _constants(args))
     setting = Setting(bound, plan, _backward_plan(plan, gradient), len(rows), times.requires_grad)
+    if exporting():  # for inference: what keeps states for a backward pass cannot be stored
+        rows, tensors, times = [x.detach() for x in rows], [x.detach() for x in tensors], times.detach()
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, times, *tensors))
+    if wanted and isinstance(field, nn.Module):
+        _refuse_attributes(field)
     strategy = type(gradient)
     momentum, named = isinstance(system, Momentum), isinstance(field, nn.Module)
     try_field(
-        id(system) if momentum else 0, id(field) if named else field, h, autocast is None, torch.is_grad_enabled()
+        id(system) if momentum else 0,
+        id(field) if named else field,
+        h,
+        autocast is None,
+        torch.is_grad_enabled(),
+        _constants(args),
+        *given,
     )
     if torch.is_grad_enabled():
         without_donation()
@@ -114,6 +128,21 @@ def run(
     return _solution(setting, times, rows, found, strategy)
 
 
+def _refuse_attributes(field: nn.Module) -> None:
+    """Raise where a module holds a tensor that needs a gradient and is no parameter, such as a context set just before:
+    a loop would give it none. Traced, so that it sees what has been set in the compiled function."""
+    for module in field.modules():
+        if module._forward_pre_hooks:  # which may make such a tensor anew in every call, as weight_norm does
+            continue
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{type(module).__name__}.{name} needs a gradient and is no parameter of the field: it would get "
+                    "none under torch.compile; leave the layer outside of the compiled region "
+                    "(torch.compiler.disable), with gradient='backprop'"
+                )
+
+
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def without_donation() -> bool:
     """From here on no backward graph overwrites tensors that were saved for it. Runs in Python, while tracing.
@@ -127,7 +156,9 @@ def without_donation() -> bool:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> bool:
+def try_field(
+    system: int, field: Any, h: Tensor, exact: bool, grads: bool, constants: tuple[Any, ...], *given: Tensor
+) -> bool:
     """Raise where the field does not fit the state, or uses tensors that need gradients and would silently get none.
 
     A tracer does not tell, and sizes that it compares become constants of the trace: this runs in Python, once for each
@@ -139,10 +170,12 @@ def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> b
         h: a state.
         exact: whether the field must return the state's dtype.
         grads: whether there will be gradients.
+        constants, given: its args, see `Bound`.
 
     Raises:
         ValueError: naming the shapes and dtypes that do not agree.
-        RuntimeError: naming the shapes of the tensors that would get no gradient; or both are made under the tracer.
+        RuntimeError: naming the shapes of the tensors that would get no gradient, or the buffers that the field
+            changes; or system and field are made under the tracer.
     """
     momentum: Momentum | None = _known_by(system) if system else None
     field = _known_by(field) if isinstance(field, int) else field
@@ -155,13 +188,22 @@ def try_field(system: int, field: Any, h: Tensor, exact: bool, grads: bool) -> b
     with torch.enable_grad() if grads else nullcontext(), torch._C.DisableTorchFunctionSubclass():
         features = [torch.zeros_like(h).requires_grad_(grads) for _ in range(1 + sees_momentum)]
         t = torch.ones((), dtype=h.dtype, device=h.device)
+        tensors = [torch.zeros_like(a).requires_grad_(grads) for a in given]
+        args = put(constants, tensors)
         if isinstance(field, nn.Module):
             # Buffers as copies: a trial must not count in anybody's running mean.
             copies = {name: b.clone() for name, b in field.named_buffers()}
-            u = functional_call(field, copies, (t, *features))
-            seen = [*features, *field.parameters()]
+            before = {name: b._version for name, b in copies.items()}
+            u = functional_call(field, copies, (t, *features, *args))
+            changed = [name for name, b in copies.items() if b._version != before[name]]
+            if changed:
+                raise RuntimeError(
+                    f"the field changes its buffers ({', '.join(changed)}), which a loop under torch.compile cannot: "
+                    "put it into eval(), or leave the layer outside of the compiled region (torch.compiler.disable)"
+                )
+            seen = [*features, *field.parameters(), *tensors]
         else:
-            u, seen = field(t, *features), features
+            u, seen = field(t, *features, *args), [*features, *tensors]
         if u.shape != h.shape or (u.dtype != h.dtype and exact):
             raise ValueError(
                 f"field returned shape {tuple(u.shape)} {u.dtype} for h of shape {tuple(h.shape)} {h.dtype}; "
@@ -190,7 +232,7 @@ def _numbers_of(owner: Any) -> tuple[float | int | None, ...]:
     """All numbers that a solve reads of settings or of a system, or of a gradient strategy, in one order."""
     if isinstance(owner, Momentum):
         bounds = (getattr(gate, "bound", None) for gate in (owner.gate_x, owner.gate_f))
-        return (owner.sign, owner.fixed_damping, owner.fixed_xi, *bounds)
+        return (owner.sign, owner.damping_factor, owner.fixed_damping, owner.fixed_xi, *bounds)
     if isinstance(owner, gradients.Adjoint):
         return (owner.rtol, owner.atol)
     if isinstance(owner, gradients.Reversible):
@@ -237,15 +279,14 @@ def _rule(system: System) -> tuple[Rule | None, tuple[float, float]]:
     """A momentum system's rule, and γ and ξ where they are fixed."""
     if not isinstance(system, Momentum):
         return None, (0.0, 0.0)
-    if not system.follows_rule:
-        raise RuntimeError(
-            f"{type(system).__name__} has factors of its own, which torch.compile cannot trace: leave the layer "
-            "outside of the compiled region (torch.compiler.disable)"
-        )
-    sign, damping, xi, bound_x, bound_f = numbers(system)
+    sign, factor, damping, xi, bound_x, bound_f = numbers(system)
     rule = system.rule
     gate_x, gate_f = _gate(rule.gate_x, bound_x), _gate(rule.gate_f, bound_f)
-    return rule._replace(sign=sign, gate_x=gate_x, gate_f=gate_f), (damping, xi)
+    return rule._replace(sign=sign, factor=factor, gate_x=gate_x, gate_f=gate_f), (damping, xi)
+
+
+def _constants(args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(TENSOR if isinstance(a, Tensor) else a for a in args)
 
 
 def _gate(gate: gates.Gate, bound: float) -> gates.Gate:
@@ -256,8 +297,9 @@ def _backward_plan(plan: Plan, gradient: Any) -> Plan:
     """Of the adjoint's backward solve."""
     if type(gradient) is not gradients.Adjoint:
         return plan
-    if gradient.method is not None or gradient.quadratures_in_norm:
-        raise RuntimeError("Adjoint(method=) and Adjoint(quadratures_in_norm=) cannot be traced by torch.compile")
+    for name in ("method", "quadratures_in_norm", "options", "measure"):
+        if getattr(gradient, name) not in (None, False):
+            raise RuntimeError(f"Adjoint({name}=) cannot be traced by torch.compile")
     own = numbers(gradient)
     rtol, atol = plan.rtol if own[0] is None else own[0], plan.atol if own[1] is None else own[1]
     options = plan.options
@@ -296,6 +338,8 @@ def _solution(
         method=tableau.name,
         path="compiled",
         path_backward="compiled",
+        loop="compiled",
+        loop_backward="compiled",
     )
     one = n == 1
     return CompiledSolution(

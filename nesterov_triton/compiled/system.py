@@ -24,14 +24,16 @@ class Moment(NamedTuple):
 class Bound:
     """A system and what is constant about it in one solve.
 
-    Its tensors are handed in with every call, in one order: those of γ and ξ that are learned, 0-d float64, then the
-    field's parameters.
+    Its tensors are handed in with every call, in one order: those of γ and ξ that are learned, 0-d float64, the field's
+    parameters, then the tensors among its args.
 
     Attributes:
         rule: of a momentum system, with its numbers as constants.
         fixed: γ and ξ where they are not learned.
         scalars: which of "damping" and "xi" are learned.
         names: of the field's parameters.
+        args: what the field is called with beside time and features, with `TENSOR` in place of tensors, which are
+            handed in last.
         autocast: the device type and dtype of the autocast that the field runs under; None for none.
     """
 
@@ -43,9 +45,10 @@ class Bound:
         scalars: tuple[str, ...],
         names: tuple[str, ...],
         autocast: tuple[str, torch.dtype] | None,
+        args: tuple[Any, ...] = (),
     ) -> None:
         self.system, self.rule, self.fixed = system, rule, fixed
-        self.scalars, self.names, self.autocast = scalars, names, autocast
+        self.scalars, self.names, self.autocast, self.args = scalars, names, autocast, args
 
     def moments(self, times: Tensor) -> list[Moment]:
         """What the right-hand side needs of the times [s], float64, at each of them."""
@@ -105,12 +108,23 @@ class Bound:
 
     def _call(self, t: Tensor, features: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         field: Any = self.system.field
+        own, rest = len(self.scalars), len(self.scalars) + len(self.names)
+        args = put(self.args, tensors[rest:])
         if not isinstance(field, nn.Module):
-            found: Tensor = field(t, *features)
+            found: Tensor = field(t, *features, *args)
         else:
-            params = tensors[len(self.scalars) :]
-            found = functional_call(field, dict(zip(self.names, params, strict=True)), (t, *features))
+            params = dict(zip(self.names, tensors[own:rest], strict=True))
+            found = functional_call(field, params, (t, *features, *args))
         return found
+
+
+TENSOR = "a tensor that is handed in"  # no tracer minds a string, and nobody else has this one
+
+
+def put(args: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """The args with the tensors in their places."""
+    each = iter(tensors)
+    return [next(each) if isinstance(a, str) and a == TENSOR else a for a in args]
 
 
 def _cast(x: Tensor | float, dtype: torch.dtype) -> Tensor | float:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -69,6 +69,10 @@ def run(command: str, given: dict[str, Any], all_of_them: Processes) -> int:
         refuse_unused(experiment, given)
         settings = choose(experiment.defaults, given, folder, resume=resume, overwrite=overwrite)
         check(settings)
+        check_models(experiment, settings)
+        if overwrite or folder.is_empty():
+            # What is refused, or cannot be had, must neither leave a folder nor cost the one that is there.
+            experiment.load(settings.seeds[0], data)
         if overwrite:
             folder.clear()
         return settings
@@ -161,12 +165,23 @@ def show(value: Any) -> str:
 
 def check(settings: Settings) -> None:
     """What can only be judged from several settings together, or from this machine."""
-    adaptive = nt.methods.get(settings.method).adaptive
-    if not adaptive and settings.step_size is None:
-        raise CommandError(f"method {settings.method} takes fixed steps: give --step-size, for example 0.1")
-    if adaptive and settings.step_size is not None:
-        raise CommandError(f"method {settings.method} chooses its own steps: leave out --step-size")
+    method = settings.method
+    if not nt.methods.get(method).adaptive and settings.step_size is None:
+        raise CommandError(f"method {method} takes fixed steps: give --step-size, for example 0.1")
+    if settings.step_size is not None and (method == "auto" or not nt.methods.takes_steps(method)):
+        raise CommandError(f"method {method} chooses its own steps: leave out --step-size")
+    if settings.gradient == "reversible" and method != "auto" and not nt.methods.reversible(method):
+        raise CommandError("--gradient reversible takes steps back: give --method strang or blanes_moan4")
     check_device(settings.device)
+
+
+def check_models(experiment: Experiment | Measurement, settings: Settings) -> None:
+    """Build every model once, which looks at all its options; their networks are small."""
+    for model in settings.models:
+        try:
+            experiment.build(model, settings)
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"{model}: {error}; leave that model out (--models), or change the option") from error
 
 
 def check_device(name: str) -> None:
@@ -186,9 +201,17 @@ def require_packages(names: Iterable[str]) -> None:
         )
 
 
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong request, which the usage's dozen would hide."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Options not given stay out of the namespace: the defaults are the experiment's, or the resumed run's."""
-    root = argparse.ArgumentParser(prog="nesterov-triton", description="Compare momentum neural ODEs by training them.")
+    root = Parser(prog="nesterov-triton", description="Compare momentum neural ODEs by training them.")
+    root.add_argument("--version", action="version", version=f"%(prog)s {nt.__version__}")
     commands = root.add_subparsers(dest="command", required=True)
     for command, help, text in (
         ("compare", "train several models on one experiment and compare them", "Train several models on a small task."),

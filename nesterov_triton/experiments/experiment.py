@@ -97,7 +97,8 @@ class Experiment:
         title: what it is called on the screen.
         defaults: the settings it starts from.
         load: ``load(seed, folder)`` gives (train, test); ``folder`` is where data files are, or go.
-        build: ``build(model, settings)`` draws the network from torch's generator.
+        build: ``build(model, settings)`` draws the network from torch's generator; raises ValueError or TypeError for
+            settings that are not for this model.
         loss: of outputs and targets, a mean over the rows.
         accuracy: the fraction of rows predicted correctly; None where there is no such thing.
         requires: packages beyond those that every experiment needs.
@@ -126,7 +127,8 @@ class Measurement:
     """An experiment that trains nothing.
 
     Attributes:
-        title, defaults, requires: as in `Experiment`; of the settings those of ``unused`` play no part.
+        title, defaults, load, requires: as in `Experiment`; of the settings those of ``unused`` play no part.
+        build: ``build(model, settings)`` raises ValueError or TypeError for settings that are not for this model.
         measure: ``measure(model, seed, settings, folder)`` gives rows of columns for the CSV.
         unused: settings that cannot be asked for.
         present: the table and the figure of all rows: ``present(rows, settings)`` gives (headings, table rows, figure).
@@ -134,6 +136,8 @@ class Measurement:
 
     title: str
     defaults: Settings
+    load: Callable[[int, Path], Any]
+    build: Callable[[str, Settings], object]
     measure: Callable[[str, int, Settings, Path], list[dict[str, float]]]
     present: Callable[[list[dict[str, Any]], Settings], tuple[list[str], list[list[str]], Any]]
     unused: tuple[str, ...] = ("epochs", "batch_size", "learning_rate", "decay", "clip", "limit", "gradient")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import nesterov_triton as nt
-from nesterov_triton.nn import MomentumLayer
-from nesterov_triton.systems import Coefficients, Momentum, Xi
+from nesterov_triton.solve import Settings
+from nesterov_triton.systems import Momentum, Xi, nesterov_scale
 
 COMPARED = ("NODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE")
 PAPER = ("NODE", "ANODE", "SONODE", "HBNODE", "GHBNODE", "NesterovNODE", "GNesterovNODE")
@@ -107,10 +107,8 @@ def build_layer(
         solver["initial_velocity"] = initial_velocity
     if model in PUBLISHED:
         return PublishedLayer(build_system(model, field, gate, xi, damping_factor), **solver)
-    if damping_factor != 3 and model in ("NesterovNODE", "GNesterovNODE"):
-        system = build_system(model, field, gate, xi, damping_factor)
-        assert isinstance(system, Momentum)
-        return MomentumLayer(system, **solver)
+    if model in ("NesterovNODE", "GNesterovNODE"):
+        solver["damping_factor"] = damping_factor
     if model in GATED:
         solver |= {"gate": parse_gate(gate), "xi": xi}
     if model == "ANODE":
@@ -134,46 +132,14 @@ def build_system(
         case "GHBNODE":
             return nt.systems.generalised_heavy_ball(field, sigma, xi)
         case "NesterovNODE":
-            return nt.systems.nesterov(field) if damping_factor == 3 else Damped(field, damping_factor)
+            return nt.systems.nesterov(field, damping_factor=damping_factor)
         case "GNesterovNODE":
-            if damping_factor == 3:
-                return nt.systems.gnesterov(field, sigma, xi)
-            return Damped(field, damping_factor, gate_x=sigma, gate_f=sigma, xi=xi)
+            return nt.systems.gnesterov(field, sigma, xi, damping_factor=damping_factor)
         case "NesterovNODE-published":
             return nt.systems.FirstOrder(PublishedField(field, nt.gates.Identity(), 0.0, damping_factor))
         case "GNesterovNODE-published":
             return nt.systems.FirstOrder(PublishedField(field, sigma, xi, damping_factor))
     raise ValueError(f"no model {model}")
-
-
-class Damped(Momentum):
-    """The (generalised) Nesterov system with damping r/t in place of 3/t: k(t) = t^(-r/2) e^(t/2).
-
-    Absorbed form only: there r enters through k alone.
-    """
-
-    def __init__(self, field: nn.Module, factor: float, **options: Any) -> None:
-        super().__init__(field, nesterov=True, damping=1.0, sign=-1.0, **options)
-        self.factor = factor
-
-    def scale(self, t: Tensor) -> Tensor:
-        return self.gate_x(damped_scale(t, self.factor))
-
-    def scale_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        k = damped_scale(t, self.factor)
-        kappa = self.gate_x(k)
-        return kappa, self.gate_x.pullback(k * (0.5 - 0.5 * self.factor / t), k, kappa)
-
-    def coefficients(self, t: Any, damping: Any, xi: Any) -> Coefficients[Any]:
-        k = damped_scale(t, self.factor)
-        scale = self.gate_x(k) if isinstance(k, Tensor) else self.gate_x.number(k)
-        zero = 0.0 * t
-        return Coefficients(scale, None, zero - xi * scale, zero - damping)
-
-
-def damped_scale(t: Any, factor: float) -> Any:
-    """k(t) = t^(-r/2) e^(t/2), of a number or a tensor."""
-    return t ** (-0.5 * factor) * (torch.exp(0.5 * t) if isinstance(t, Tensor) else math.exp(0.5 * t))
 
 
 class PublishedField(nn.Module):
@@ -202,7 +168,7 @@ class PublishedField(nn.Module):
     def forward(self, t: Tensor, state: Tensor) -> Tensor:
         """The derivative of the state, both [batch, 2 channels, ...]: h, then d."""
         h, d = state.chunk(2, dim=1)
-        m = ((0.5 * self.factor / t - 0.5) * h + d) / damped_scale(t, self.factor)
+        m = ((0.5 * self.factor / t - 0.5) * h + d) / nesterov_scale(t, self.factor)
         force = -self.gate(self.field(t, h)) - m
         xi = self.fixed_xi if self.raw_xi is None else nn.functional.softplus(self.raw_xi)
         return torch.cat([self.gate(m), force - xi * h], dim=1)
@@ -214,7 +180,7 @@ class PublishedField(nn.Module):
 
         `t` is 0-d, or broadcasts with the state.
         """
-        k = damped_scale(t, self.factor)
+        k = nesterov_scale(t, self.factor)
         kappa = self.gate(k)
         out = kappa * h
         return out, kappa * (d - (0.5 * self.factor / (t * k) - 0.5 / kappa) * out)
@@ -227,9 +193,9 @@ class PublishedLayer(nt.NODE):
         super().__init__(system.field, **solver)
         self.initial_velocity = initial_velocity
 
-    def forward(self, h: Tensor, t: Any = None) -> Tensor:
+    def forward(self, h: Tensor, t: Any = None, *, args: Sequence[Any] = ()) -> Tensor:
         velocity = torch.zeros_like(h) if self.initial_velocity is None else self.initial_velocity(h)
-        states = super().forward(torch.cat([h, velocity], dim=1), t)
+        states = super().forward(torch.cat([h, velocity], dim=1), t, args=args)
         times = self._times(t).to(h)
         assert isinstance(self.field, PublishedField)
         if len(times) == 2:
@@ -246,10 +212,14 @@ class Evolution(nn.Module):
         model: its name.
         field: f(t, h), or f(t, h, m) for SONODE.
         gate, xi, damping_factor: see `build_system`.
+        scaled: whether it will be called with a scale, for which only the methods for first-order systems are.
         solver: options of `nesterov_triton.solve`.
 
     Attributes:
         stats: counts of the last solve.
+
+    Raises:
+        ValueError, TypeError: an option that is wrong, or not for this model.
     """
 
     def __init__(
@@ -260,10 +230,13 @@ class Evolution(nn.Module):
         gate: str,
         xi: Xi = "learnable",
         damping_factor: float = 3.0,
+        scaled: bool = False,
         **solver: Any,
     ) -> None:
         super().__init__()
         self.system = build_system(model, field, gate, xi, damping_factor)
+        # Now, not in the first batch.
+        Settings.make(**solver).of(nt.systems.FirstOrder(field) if scaled else self.system)
         self.solver = solver
         self.stats = nt.Stats()
 
@@ -355,7 +328,7 @@ class FirstOrderForm(nn.Module):
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         system = self.system
         x, m = y.chunk(2, dim=1)
-        c = system.coefficients(t, system.damping, system.xi)
+        c = system.rule.coefficients(t, system.damping, system.xi)
         h = x if c.scale is None else c.scale * x
         force = system.gate_f(system.field(t, h, m) if system.sees_momentum else system.field(t, h))
         slope = force * (system.sign if c.drive is None else c.drive)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
 from nesterov_triton.gradients.adjoint import Adjoint
 from nesterov_triton.gradients.backprop import Backprop
 from nesterov_triton.gradients.discrete import Discrete
@@ -22,7 +22,8 @@ class Gradient(Protocol):
         """The states at the requested times after the first, [D] each, with their graph."""
 
 
-GradientLike: TypeAlias = str | Gradient
+GradientName: TypeAlias = Literal["discrete", "adjoint", "reversible", "backprop"]
+GradientLike: TypeAlias = GradientName | Gradient
 
 GRADIENTS: dict[str, Gradient] = {
     "discrete": Discrete(),
@@ -32,7 +33,7 @@ GRADIENTS: dict[str, Gradient] = {
 }
 
 
-def get(gradient: GradientLike) -> Gradient:
+def get(gradient: GradientLike | str) -> Gradient:
     """The strategy of that name, or the strategy itself.
 
     Raises:
@@ -46,4 +47,18 @@ def get(gradient: GradientLike) -> Gradient:
     raise TypeError(f"gradient must be a name or a strategy object, got {gradient!r}")
 
 
-__all__ = ["GRADIENTS", "Adjoint", "Backprop", "Discrete", "Gradient", "GradientLike", "Reversible", "get"]
+__all__ = [
+    "GRADIENTS",
+    "Adjoint",
+    "Backprop",
+    "Discrete",
+    "Gradient",
+    "GradientLike",
+    "GradientName",
+    "Reversible",
+    "get",
+]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -9,6 +9,7 @@ steps beside the solve and stay out of its error norm (Kidger, Chen, Lyons 2021,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nesterov_triton import methods
+from nesterov_triton._numbers import is_number, plain
 from nesterov_triton.flow import Cotangents, Flow, OpenState, StageTimes
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.fused_adjoint import FusedAdjoint, FusedFirstOrderAdjoint, FusedMomentumAdjoint
@@ -31,7 +33,7 @@ from nesterov_triton.methods import Method
 from nesterov_triton.nystrom import Nystrom, check
 from nesterov_triton.ops.rows import Row
 from nesterov_triton.status import SolveError
-from nesterov_triton.stepping import device_loop
+from nesterov_triton.stepping import controllers, device_loop
 from nesterov_triton.stepping.device_loop import DeviceLoop
 from nesterov_triton.stepping.explicit_rk import ExplicitRK, error_norm
 from nesterov_triton.stepping.loop import AcceptedStep, LoopOptions, Progress, integrate
@@ -65,8 +67,13 @@ class Adjoint:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 if self.measure is not None else value > 0):
+            if value is None:
+                continue
+            if not is_number(value):
+                raise TypeError(f"Adjoint {name} must be a positive number or None, got {value!r}")
+            if not (value >= 0 if self.measure is not None else 0 < value < math.inf):
                 raise ValueError(f"Adjoint {name} must be positive or None, got {value}")
+            object.__setattr__(self, name, plain(value))
         if self.method is not None and isinstance(self._method(self.method), Nystrom) and self.quadratures_in_norm:
             raise ValueError(f"Adjoint method {self.method!r} keeps quadratures out of the norm; take 'dopri5'")
 
@@ -93,22 +100,25 @@ class Adjoint:
             method = self._method(self.method)
             if isinstance(method, Nystrom):
                 check(method, problem.system)
+            usual, own = (controllers.get(methods.controller_of(m)) for m in (problem.method, method))
+            if self.options is None and options.controller == usual:
+                options = replace(options, controller=own)
         elif isinstance(method, Nystrom) and self.quadratures_in_norm:
             method = methods.GENERAL
         if isinstance(method, Nystrom) and problem.inside:
             raise ValueError(f"jumps of the field are not for Adjoint method {method.name!r}; take 'dopri5'")
-        own, given = problem.tolerance, [x for x in (self.rtol, self.atol) if x is not None]
+        tolerance, given = problem.tolerance, [x for x in (self.rtol, self.atol) if x is not None]
         stepped = options.step_size is not None and isinstance(method, Nystrom) and not given
         if not method.adaptive or stepped:
             if options.step_size is None and self.options is None:
                 raise ValueError(f"Adjoint method {method.name!r} takes fixed steps: pass step_size to the solve")
             return replace(problem, method=method, tolerance=None, options=options)
-        if own is None and len(given) < 2:
+        if tolerance is None and len(given) < 2:
             raise ValueError(
                 f"Adjoint method {method.name!r} is adaptive and the forward one is not: give it rtol and atol"
             )
-        rtol = self.rtol if self.rtol is not None else own.rtol  # type: ignore[union-attr]
-        atol = self.atol if self.atol is not None else own.atol  # type: ignore[union-attr]
+        rtol = self.rtol if self.rtol is not None else tolerance.rtol  # type: ignore[union-attr]
+        atol = self.atol if self.atol is not None else tolerance.atol  # type: ignore[union-attr]
         twice = [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in (rtol, atol)]
         tolerance = Tolerance(twice[0], twice[1], None if self.measure is None else self._of_halves)
         return replace(problem, method=method, tolerance=tolerance, options=options)

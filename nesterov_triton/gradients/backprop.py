@@ -14,7 +14,7 @@ from nesterov_triton.gradients.problem import Problem
 class Backprop:
     """Gradient by autograd through every operation of the accepted and rejected steps.
 
-    Memory: the whole graph. For second derivatives, for torch.func transforms and forward-mode AD, and where tensors of
+    Memory: the whole graph. For third derivatives, for torch.func transforms and forward-mode AD, and where tensors of
     a closure need gradients. Step sizes count as constants, as in `Discrete`, and the gradients of the two agree to
     rounding. Under vmap the method must take fixed steps, and values are not checked: they cannot be read there.
     """

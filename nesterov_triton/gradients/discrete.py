@@ -89,7 +89,9 @@ class _Discrete(torch.autograd.Function):
             states = forward(problem, kept.flow, kept.on_accept(tape), stepper=kept.stepper)
             states = [z.clone() for z in states]  # or graphs would hold what holds them, and never go
         else:
-            states = forward(problem, problem.flow(), tape.append)
+            flow = problem.flow(remember=True)
+            states = forward(problem, flow, tape.append)
+            ctx.first = flow.network.first
         ctx.problem = problem
         ctx.spans = [(step.t, step.t1, step.outputs) for step in tape]
         # Saved as autograd saves: outputs without a reference cycle, parameters with a check that nobody changed them.
@@ -114,6 +116,7 @@ class _Discrete(torch.autograd.Function):
             problem.stats.path_backward, problem.stats.loop_backward = problem.stats.path, problem.stats.loop
             return None, None, adjoint, of_times if wants_times else None, *totals.scalars.values(), *totals.of_params()
         flow = _back_flow(problem, ctx.needs_input_grad)
+        flow.network.expected = ctx.first
         objection = "gradients with respect to times are wanted" if wants_times else None
         path = problem.backward_path(objection)
         try:

@@ -130,6 +130,7 @@ def _on_device(problem: Problem, flow: Flow, on_accept: OnAccept | None, progres
 
     found = on_device(problem, flow, "forward", (inside, taped), z, times[0], make, solve, lambda done: done[0])
     if found is None:
+        progress.accepted, progress.rejected, progress.dt = 0, 0, None  # of a try that came to nothing
         return None
     states, tape = found
     for step in tape:

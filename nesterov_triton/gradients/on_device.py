@@ -63,15 +63,15 @@ def on_device(
         if not graphs.captures(device):
             entry = graphs.LOOPS.get(key, field)
             _check(problem, entry)
-            return _by(problem, flow, kind, entry, None, *given)
+            return _run_entry(problem, flow, kind, entry, None, *given)
         with torch.cuda.device(device):
             key += (graphs.own_tensors(field), graphs.switches())
-            look = partial(_look, flow, z, t, params=None if kind == "forward" else flow.params)
+            look = partial(_signature, flow, z, t, params=None if kind == "forward" else flow.params)
             stream = torch.cuda.current_stream(device)
             seen, last = None, graphs.LOOPS.last(key)
             if last is not None:
                 try:
-                    found = _by(problem, flow, kind, last, stream, *given, _comparison(last, look, stream))
+                    found = _run_entry(problem, flow, kind, last, stream, *given, _comparison(last, look, stream))
                 except graphs.Stale as stale:
                     seen, flow.network.evaluations = stale.seen, before
                 else:
@@ -82,13 +82,17 @@ def on_device(
             entry = graphs.LOOPS.get(full, field)
             _check(problem, entry)
             entry.seen, entry.outside = seen.digest, graphs.not_own(seen.outside, field)
-            found = _by(problem, flow, kind, entry, stream, *given)
+            found = _run_entry(problem, flow, kind, entry, stream, *given)
             if found is not None:
                 graphs.LOOPS.confirm(key, full)
             return found
     except graphs.Unfit as reason:
         flow.network.evaluations = before
         _decline(problem, kind, str(reason))
+        return None
+    except graphs.Later as reason:  # no fault of the field's: not remembered, and nothing to warn of
+        flow.network.evaluations = before
+        _record_loop(problem, kind, f"eager: {reason}")
         return None
 
 
@@ -101,9 +105,11 @@ def _check(problem: Problem, entry: graphs.Entry) -> None:
         raise graphs.Unfit("the first of its kind; the next one is captured")
 
 
-def _look(flow: Flow, z: Tensor, t: float, ready: Any = None, *, params: Sequence[Tensor] | None) -> graphs.Signature:
+def _signature(
+    flow: Flow, z: Tensor, t: float, ready: Any = None, *, params: Sequence[Tensor] | None
+) -> graphs.Signature:
     """What the field does, at `z` and `t`, seen on a stream beside the current one; see `graphs.aside`."""
-    with graphs.aside(flow.device, ready):
+    with graphs.aside(flow.device, "look", ready):
         return graphs.signature(flow.network, *_sample(flow, z, t), params=params, check=_check_leaves)
 
 
@@ -120,7 +126,7 @@ def _comparison(entry: graphs.Entry, look: Callable[..., graphs.Signature], stre
     return compare
 
 
-def _by(
+def _run_entry(
     problem: Problem,
     flow: Flow,
     kind: Kind,
@@ -140,7 +146,7 @@ def _by(
 
     with graphs.LOOPS.borrow(entry, stream) as free:
         by = CALLED if stream is None else "graph"
-        _say(problem, kind, by if free else "eager: the captured loop is in use")
+        _record_loop(problem, kind, by if free else "eager: the captured loop is in use")
         if not free:
             return None
         graphs.LOOPS.keep(entry, make)
@@ -156,7 +162,7 @@ def _by(
         if found is None:
             flow.network.evaluations = before
             graphs.warn_once(entry.reason)
-            _say(problem, kind, f"eager: {entry.reason}")
+            _record_loop(problem, kind, f"eager: {entry.reason}")
         return found
 
 
@@ -166,7 +172,7 @@ def _check_leaves(evaluation: Evaluation, params: Sequence[Tensor]) -> None:
         raise graphs.Unfit("the field reads its parameters otherwise than as attributes, or other tensors")
 
 
-def _say(problem: Problem, kind: Kind, what: str) -> None:
+def _record_loop(problem: Problem, kind: Kind, what: str) -> None:
     if kind == "forward":
         problem.stats.loop = what
     else:
@@ -176,7 +182,7 @@ def _say(problem: Problem, kind: Kind, what: str) -> None:
 def _decline(problem: Problem, kind: Kind, reason: str) -> None:
     if problem.loop == "graph":
         graphs.warn_once(reason)
-    _say(problem, kind, "eager" if problem.loop == "eager" else f"eager: {reason}")
+    _record_loop(problem, kind, "eager" if problem.loop == "eager" else f"eager: {reason}")
 
 
 def _objection(problem: Problem) -> str:
@@ -187,11 +193,11 @@ def _objection(problem: Problem) -> str:
     if problem.loop == "auto" and problem.z.device.type != "cuda":
         return f"the state is on the {problem.z.device.type.upper()}"
     if problem.loop == "auto" and not AUTO:
-        return "graphs as they are now have not been run on a GPU yet; loop='graph' asks for one"
+        return "CUDA graphs are not used by default yet; pass loop='graph' to use them"
     if problem.z.device.type != "cpu" and not problem.path().kernels:
         return problem.path().reason
-    if isinstance(problem.system, Momentum) and not problem.system.follows_rule:
-        return f"{type(problem.system).__name__} has factors of its own"
+    if problem.args:
+        return "args are others in every call, and a graph is of certain memory"
     if type(controller) not in (Integral, PI):
         return f"controller {type(controller).__name__} may have a rule of its own"
     if tolerance is not None and any(isinstance(x, Tensor) and x.ndim for x in (tolerance.rtol, tolerance.atol)):

@@ -43,6 +43,8 @@ class Problem:
         loop: "auto", "eager" or "graph"; see `solve`.
         stand_ins: by the id of one of `params`, the leaf that the field is given in its place where the strategy, not
             autograd, differentiates: so that a graph behind it stays out of the field's own.
+        args: what the field is called with beside time and features; in place of those that need gradients their
+            stand-ins, if there are any.
         inside: whether the right-hand side is seen from inside of a step at its ends; see `stage_times`.
     """
 
@@ -61,10 +63,13 @@ class Problem:
     loop: str = "auto"
     inside: bool = False
     stand_ins: Mapping[int, Tensor] = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
 
-    def flow(self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None) -> Flow:
-        """The system bound to this solve; `watch` and `on_output` as for `Network`."""
-        return Flow(self.system, self._network(watch, on_output), self.scalars, self.params)
+    def flow(
+        self, *, watch: bool = False, on_output: Callable[[Tensor], object] | None = None, remember: bool = False
+    ) -> Flow:
+        """The system bound to this solve; the options as for `Network`."""
+        return Flow(self.system, self._network(watch, on_output, remember=remember), self.scalars, self.params)
 
     def flow_back(self, *, time_grads: bool, coefficient_grads: bool, aliased: bool = False) -> Flow:
         """The same for a backward pass: on leaves in place of the scalars, with the cotangents that are wanted.
@@ -87,9 +92,12 @@ class Problem:
         on_output: Callable[[Tensor], object] | None = None,
         field: Field | None = None,
         retain: bool = False,
+        remember: bool = False,
     ) -> Network:
         z, field = self.z, self.system.field if field is None else field
-        return Network(field, self.shape, z.dtype, z.device, self.autocast, watch, on_output, retain)
+        return Network(
+            field, self.shape, z.dtype, z.device, self.autocast, watch, on_output, retain, remember, self.args
+        )
 
     def path(self) -> Path:
         """What does the elementwise work of this solve, unless autograd is to see all of it."""

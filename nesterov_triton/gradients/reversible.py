@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nesterov_triton._numbers import is_number, is_whole, plain
 from nesterov_triton.gradients.forward import forward
 from nesterov_triton.gradients.leaves import apart, check_cotangents, check_parameters, refuse_graph
 from nesterov_triton.gradients.nystrom_sweep import NystromSweep, given
@@ -43,10 +44,12 @@ class Reversible:
     bound: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+        if not is_whole(self.every) or self.every < 1:
             raise ValueError(f"Reversible every must be an integer of at least 1, got {self.every!r}")
-        if self.bound is not None and not self.bound >= 0:
+        if self.bound is not None and not (is_number(self.bound) and self.bound >= 0):
             raise ValueError(f"Reversible bound must be a number ≥ 0 or None, got {self.bound!r}")
+        object.__setattr__(self, "every", int(self.every))
+        object.__setattr__(self, "bound", None if self.bound is None else plain(self.bound))
 
     def solve(self, problem: Problem) -> list[Tensor]:
         """The states at the requested times after the first, [D] each, with their graph."""

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from nesterov_triton import transforms
 from nesterov_triton.gradients import Adjoint, Backprop, Discrete, Gradient, GradientLike
@@ -21,7 +22,7 @@ from nesterov_triton.interop import options as opt
 from nesterov_triton.interop.names import name_of
 from nesterov_triton.interop.norms import AdjointMeasure, StateMeasure, Tolerances, tolerance
 from nesterov_triton.interop.states import Adapted, AdaptedModule, Function, Layout, State
-from nesterov_triton.solve import Settings, bind, check_state, check_times, run
+from nesterov_triton.solve import Settings, bind, check_state, check_times, refuse_layer, run
 from nesterov_triton.status import SolveError, Stats, Status
 from nesterov_triton.stepping.loop import LoopOptions, finite_everywhere, fixed_steps
 from nesterov_triton.systems import FirstOrder, Momentum, System
@@ -64,6 +65,7 @@ class Call:
     ) -> None:
         if not callable(cast(object, func)) and not isinstance(func, System):
             raise TypeError(f"func must be a module or function (t, y) -> dy/dt, got {type(func).__name__}")
+        refuse_layer("func", func)
         if not isinstance(args, tuple | list):
             raise TypeError(
                 f"args must be a tuple of what func is called with beside t and y, got {type(args).__name__}"
@@ -99,10 +101,14 @@ class Call:
         self.times = t.to("cpu", torch.float64) if one else check_times(self.system, t)
         self.stats = Stats()
         self.inert = False
+        self.varies = False  # whether the function is another one at every call
+        self._leaves: dict[int, Tensor] | None = None  # in place of the args that need gradients
 
     def _check_momentum(self, system: Momentum, params: Sequence[Tensor] | None) -> None:
         if self.args:
-            raise ValueError("args are for functions; a momentum system's field is called as f(t, h)")
+            raise ValueError(
+                "args are for functions here; for a momentum system use nt.solve(system, (x, m), t, args=...)"
+            )
         if params is not None:
             raise ValueError("adjoint_params are for functions; a momentum system's parameters are its own")
         if not isinstance(self.y0, tuple | list):
@@ -126,6 +132,8 @@ class Call:
         u = self.look()
         if u is None or not u.requires_grad:
             return Discrete()
+        if self.varies:
+            return Backprop()
         parts = self.y0 if isinstance(self.y0, tuple | list) else (self.y0,)
         seen = (self.state, *parts, self.times, *parameters(self.system.field), *self.params)
         # What a closure holds is for autograd alone to see.
@@ -140,15 +148,21 @@ class Call:
         if adapted.known is not None:
             return adapted.known
         version = None if z.is_inference() else z._version
+        kept = [(b, b._version) for b in self._buffers()]
         u = adapted(self.times[0].to(z.device, self.layout.real), z)
         if version is not None and version != z._version:
             raise RuntimeError(
                 f"func {name_of(self.func)} changes its input in place, and that is y0; use inplace=False, or clone it"
             )
         adapted.known = u
+        self.varies = any(b._version != before for b, before in kept) or _draws(self.func)
         known = (u, z, self.times, *parameters(self.system.field), *self.params)
         self.inert = not any(x.requires_grad for x in known)
         return u
+
+    def _buffers(self) -> list[Tensor]:
+        """The function's own, of those that keep count of their changes."""
+        return [b for b in self.func.buffers() if not b.is_inference()] if isinstance(self.func, nn.Module) else []
 
     def _adjoint(self, backward: Backward) -> Adjoint:
         method = self.name if backward.method is None else opt.check_method(backward.method, "adjoint_")
@@ -233,9 +247,11 @@ class Call:
         if isinstance(gradient, Backprop):
             adapted.args = self.args
             return {}
-        leaves = {id(a): a.detach().requires_grad_() for a in self.args if isinstance(a, Tensor) and a.requires_grad}
-        adapted.args = tuple(leaves.get(id(a), a) for a in self.args)
-        return leaves
+        if self._leaves is None:  # once: a call may take several solves, and each one's backward pass meets these
+            needed = (a for a in self.args if isinstance(a, Tensor) and a.requires_grad)
+            self._leaves = {id(a): a.detach().requires_grad_() for a in needed}
+        adapted.args = tuple(self._leaves.get(id(a), a) for a in self.args)
+        return self._leaves
 
     def result(self, states: Sequence[Tensor]) -> State:
         """The states stacked over a new first axis, in the form of y0."""
@@ -248,16 +264,16 @@ class Call:
             return loop
 
         def grid(times: Sequence[float]) -> Sequence[float]:
-            return self._checked_grid(self._constructed(torch.tensor(times, dtype=torch.float64)), times).tolist()
+            made = self._constructed(constructor, torch.tensor(times, dtype=torch.float64))
+            return self._checked_grid(made, times).tolist()
 
         return replace(loop, grid=grid)
 
-    def _constructed(self, times: Tensor) -> Tensor:
+    def _constructed(self, constructor: opt.GridConstructor, times: Tensor) -> Tensor:
         """The user's grid for times, [n] float64 on the CPU: float64 on the CPU too, with its graph."""
-        assert self.method.grid_constructor is not None
         like = self.given_t if isinstance(self.given_t, Tensor) else times
         with torch.no_grad() if self.adapted is None else torch.enable_grad():
-            grid = self.method.grid_constructor(self.func, self.y0, times.to(like))
+            grid = constructor(self.func, self.y0, times.to(like))
         if not isinstance(grid, Tensor) or grid.ndim != 1 or not grid.is_floating_point():
             raise TypeError("options['grid_constructor'] must return a 1-D floating-point tensor of times")
         return grid.to("cpu", torch.float64)
@@ -278,7 +294,7 @@ class Call:
         method, times = self.method, self.times
         loop, requested = method.loop, self.times.tolist()
         if method.grid_constructor is not None:
-            grid = self._checked_grid(self._constructed(times), requested)
+            grid = self._checked_grid(self._constructed(method.grid_constructor, times), requested)
             points = grid.tolist()
             points[0], points[-1] = requested[0], requested[-1]
             loop = replace(loop, grid=lambda _: points)
@@ -366,3 +382,10 @@ class Call:
         settings = self.settings(Backprop(), self.method.loop)
         flow = bind(self.system, self._state(z), self.h, self.times, settings, self.params, self.stats).flow()
         return torch.cat(tuple(flow.derivative(flow.at(time.reshape(1)), 0, flow.open(z))))
+
+
+def _draws(func: object) -> bool:
+    """Whether a module has dropout at work in it."""
+    if not isinstance(func, nn.Module):
+        return False
+    return any(isinstance(m, _DropoutNd) and m.training and m.p for m in func.modules())

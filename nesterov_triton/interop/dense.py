@@ -90,7 +90,7 @@ def odeint_dense(
 
     Args:
         func, y0, rtol, atol, method, options, args: see `odeint`; the method is one of this package's own.
-        t0, t1: the interval, in either direction; numbers or 0-d tensors.
+        t0, t1: the interval, in either direction; numbers or 0-d tensors; t0 without a gradient.
 
     Returns:
         y(t) for t from t0 to t1, times of any shape; differentiable.
@@ -99,6 +99,11 @@ def odeint_dense(
         ValueError, TypeError: bad input, before any work; the message names the argument and the fix.
         SolveError: t1 was not reached.
     """
+    if torch.is_grad_enabled() and isinstance(t0, Tensor) and t0.requires_grad:
+        raise ValueError(
+            "t0 needs a gradient, and a dense solution has none for where it starts: pass t0.detach(), or ask odeint "
+            "for the states at given times"
+        )
     name = opt.check_method(method)
     if name in opt.HANDED_OVER:
         raise ValueError(

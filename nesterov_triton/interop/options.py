@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from nesterov_triton import tableaus
+from nesterov_triton import methods, tableaus
 from nesterov_triton._names import lookup, unknown
 from nesterov_triton.interop.norms import Norm
 from nesterov_triton.interop.states import Function
@@ -98,6 +98,13 @@ def check_method(method: object, prefix: str = "") -> str:
         ValueError: unknown (the message gives the nearest valid one).
     """
     name = "dopri5" if method is None else method
+    if isinstance(name, str) and name not in METHODS and name in (*methods.METHODS, "auto"):
+        # The methods for momentum systems are adaptive or not by one option, have another controller, and no events.
+        here = next((theirs for theirs, tableau in NATIVE.items() if tableau.name == name), None)
+        also = f"or {prefix}method={here!r}, its name here" if here else "whose gradients and options are its own"
+        raise ValueError(
+            f"{prefix}method {name!r} is solve's: call nt.solve(system, (x, m), t, method={name!r}), {also}"
+        )
     lookup(f"{prefix}method", name, METHODS)
     assert isinstance(name, str)
     return name

@@ -58,6 +58,8 @@ class Layout:
 
     def elements(self, z: Tensor) -> Tensor:
         """Flat elements, [..., N], complex ones of a complex state, of [..., D]."""
+        if self.complex and z.numel() == 0:  # whose storage may begin at an odd element
+            return z.new_empty((*z.shape[:-1], 0), dtype=self.dtype)
         return torch.view_as_complex(z.view(*z.shape[:-1], -1, 2)) if self.complex else z
 
     def parts(self, z: Tensor) -> list[Tensor]:

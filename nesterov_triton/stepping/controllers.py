@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-from nesterov_triton._names import lookup
+from nesterov_triton._names import lookup, public
+from nesterov_triton._numbers import is_number, plain
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Integral:
     max_factor: float = 10.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not is_number(value):
+                raise TypeError(f"controller {name} must be a number, got {value!r}")
+            if plain(value) is not value:
+                object.__setattr__(self, name, plain(value))
         if not 0 < self.safety < 1:
             raise ValueError(f"controller safety must lie between 0 and 1, got {self.safety}")
         if not 0 < self.min_factor < 1 < self.max_factor < math.inf:
@@ -84,12 +90,13 @@ class PI(Integral):
         return self.alpha / q, self.beta / q
 
 
-ControllerLike: TypeAlias = str | Integral
+ControllerName: TypeAlias = Literal["integral", "pi"]
+ControllerLike: TypeAlias = ControllerName | Integral
 
 CONTROLLERS: dict[str, Integral] = {"integral": Integral(), "pi": PI()}
 
 
-def get(controller: ControllerLike) -> Integral:
+def get(controller: ControllerLike | str) -> Integral:
     """The controller of that name, or the controller itself.
 
     Raises:
@@ -101,3 +108,10 @@ def get(controller: ControllerLike) -> Integral:
     if isinstance(controller, str):
         return lookup("controller", controller, CONTROLLERS)
     raise TypeError(f"controller must be a name or a controller object, got {type(controller).__name__}")
+
+
+__all__ = ["CONTROLLERS", "PI", "ControllerLike", "ControllerName", "Integral", "get"]
+
+
+def __dir__() -> list[str]:
+    return public(globals())

@@ -106,6 +106,11 @@ class Report:
     def attempts(self) -> int:
         return self.accepted + self.rejected
 
+    def is_news(self, seen: Report | None) -> bool:
+        """Whether an attempt has been reported since `seen`. By the counts: a time may be NaN, and then differs."""
+        counts = self.attempts, self.taped, self.status
+        return seen is None or counts != (seen.attempts, seen.taped, seen.status)
+
     @classmethod
     def of(cls, a: Sequence[float]) -> Report:
         """From the numbers of a control."""
@@ -113,6 +118,31 @@ class Report:
             a[Slot.T], a[Slot.DT], int(a[Slot.STATUS]), int(a[Slot.ACCEPTED]), int(a[Slot.REJECTED]),
             int(a[Slot.OUTPUT]), int(a[Slot.TAPED]), a[Slot.H],
         )  # fmt: skip
+
+
+@dataclass
+class Ahead:
+    """How far the host is with a solve.
+
+    Attributes:
+        taped: whether it unloads a tape.
+        meanwhile: left to be called once, when there is nothing else to do.
+        launched: attempts.
+        unloaded: attempts that were done when the tape was unloaded last.
+        marked: whether the loop's event is behind all that was launched.
+    """
+
+    taped: bool
+    meanwhile: Callable[[], None] | None
+    launched: int = 0
+    unloaded: int = 0
+    marked: bool = False
+
+    def use_the_time(self) -> None:
+        """Call what is left to be called."""
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
 
 
 class DeviceLoop:
@@ -149,7 +179,7 @@ class DeviceLoop:
         self.requested = requested if inside else None
         self.attempted = torch.zeros(SLOTS, **wide)
         self._trial = torch.zeros(SLOTS, **wide)
-        self._sizes = torch.zeros(2, **wide)
+        self._sizes = torch.zeros(3, **wide)
         stepper.rtol, stepper.atol = self.setting[Setting.RTOL], self.setting[Setting.ATOL]
 
         self.z = torch.zeros_like(like)
@@ -315,54 +345,75 @@ class DeviceLoop:
         Raises:
             RuntimeError: the device stopped reporting.
         """
-        launched = unloaded = 0
-        recorded = False  # whether the event is behind all that was launched
-        event, meanwhile, self.meanwhile = self._event, self.meanwhile, None
-        ahead = int(self._event is not None and self._seconds < SHORT)
+        ahead, self.meanwhile = Ahead(unload is not None, self.meanwhile), None
         begun = time.perf_counter()
         while True:
             seen = self._look()
-            finished = 0 if seen is None else seen.attempts
-            if seen is not None:
-                over = seen.status != control.RUNNING or seen.t == self._end
-                full = unload is not None and seen.taped == self.capacity and finished > unloaded
-                if over or full:  # as far as was seen; what counts is there when all launched is done
-                    if meanwhile is not None:
-                        meanwhile()
-                        meanwhile = None
-                    seen = self._read()
-                    finished = seen.attempts
-                    if seen.status != control.RUNNING or seen.t == self._end:
-                        if seen.status == control.RUNNING:
-                            self._expected = max(finished, 1)
-                            self._seconds = (time.perf_counter() - begun) / self._expected
-                        # What was launched after the end was for nothing, and does not count.
-                        self.spent += finished * self._costs["attempt"]
-                        if unload is not None:
-                            unload(seen.taped)
-                        return seen
-                    if unload is not None and seen.taped == self.capacity:
+            if seen is not None and (self._over(seen) or self._full(seen, ahead)):
+                seen = self._settle(ahead)
+                if self._over(seen):
+                    self._learn(seen, time.perf_counter() - begun)
+                    if unload is not None:
                         unload(seen.taped)
-                        self.decided[Slot.TAPED].zero_()
-                        unloaded = launched = finished
-            limit = max(min(self._expected, finished + AHEAD), finished + 1 + ahead)
-            if unload is not None:  # behind a full tape an attempt is for nothing
-                limit = min(limit, unloaded + self.capacity)
-            if launched < max(limit, finished + 1):
+                    return seen
+                if unload is not None and seen.taped == self.capacity:
+                    unload(seen.taped)
+                    self.decided[Slot.TAPED].zero_()
+                    ahead.unloaded = ahead.launched = seen.attempts
+            if ahead.launched < self._limit(ahead, 0 if seen is None else seen.attempts):
                 self._call("attempt")
-                launched += 1
-                recorded = False
-            elif meanwhile is not None:
-                meanwhile()
-                meanwhile = None
-            elif event is not None:
-                if not recorded:
-                    event.record()
-                    recorded = True
-                # A query raises where the device has failed.
-                if event.query() and self._look() == seen:
-                    raise RuntimeError("the device has finished the attempts launched and reports nothing of them")
-                time.sleep(0)
+                ahead.launched += 1
+                ahead.marked = False
+            elif ahead.meanwhile is not None:
+                ahead.use_the_time()
+            elif self._event is not None:
+                self._idle(ahead, seen)
+
+    def _over(self, seen: Report) -> bool:
+        """Whether the solve is."""
+        return seen.status != control.RUNNING or seen.t == self._end
+
+    def _full(self, seen: Report, ahead: Ahead) -> bool:
+        """Whether the tape is, and has not been unloaded since."""
+        return ahead.taped and seen.taped == self.capacity and seen.attempts > ahead.unloaded
+
+    def _limit(self, ahead: Ahead, finished: int) -> int:
+        """How many attempts may have been launched while that many are known to be done: as many as the last solve
+        took, some ahead, and in any case one."""
+        least = finished + 1
+        hurried = least + int(self._event is not None and self._seconds < SHORT)
+        limit = max(min(self._expected, finished + AHEAD), hurried)
+        if ahead.taped:  # behind a full tape an attempt is for nothing
+            limit = min(limit, ahead.unloaded + self.capacity)
+        return max(limit, least)
+
+    def _settle(self, ahead: Ahead) -> Report:
+        """What is there when all that was launched is done: what was seen before was a hint."""
+        ahead.use_the_time()
+        return self._read()
+
+    def _learn(self, last: Report, seconds: float) -> None:
+        """From a solve that is over, for the next one; what was launched after its end was for nothing, and does not
+        count."""
+        if last.status == control.RUNNING:
+            self._expected = max(last.attempts, 1)
+            self._seconds = seconds / self._expected
+        self.spent += last.attempts * self._costs["attempt"]
+
+    def _idle(self, ahead: Ahead, seen: Report | None) -> None:
+        """Nothing may be launched: wait a moment for more to be `seen`.
+
+        Raises:
+            RuntimeError: all is done, and there is nothing more; or the device has failed.
+        """
+        if not ahead.marked:
+            self._event.record()
+            ahead.marked = True
+        if self._event.query():
+            latest = self._look()
+            if latest is None or not latest.is_news(seen):
+                raise RuntimeError("the device has finished the attempts launched and reports nothing of them")
+        time.sleep(0)
 
     def _read(self) -> Report:
         """What the device has reported, when it has done all that was launched.
@@ -402,7 +453,8 @@ def law_of(system: System) -> Law | None:
     """What `ops.control.begin` needs of a system."""
     if not isinstance(system, Momentum):
         return None
-    return Law(system.nesterov, system.exact, system.sign, system.gate_x)
+    rule = system.rule
+    return Law(rule.nesterov, rule.exact, rule.sign, rule.gate_x, rule.factor, rule.curvature)
 
 
 def integrate(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import threading
 import warnings
@@ -23,7 +24,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from nesterov_triton.status import SolveError
 
 SIZE = 16  # loops kept: one for each shape, forward and backward
 SEEN = 512  # keys remembered, most of them without a loop
+PATIENCE = 1.0  # seconds that a thread waits for another one's look or capture
 R = TypeVar("R")
 
 
@@ -66,7 +68,10 @@ class Entry:
         uses: how often it was.
         reason: why it must not be used; empty while it may.
         busy: whether somebody uses the loop.
-        done, stream: the end of its last use on a CUDA device, for whoever uses it on another stream.
+        dropped: whether it is nobody's any more but the one's who uses it.
+        stream, done: where it is used, or was last, on a CUDA device, and the end of that use.
+        pool: the memory of its graphs. They are replayed one after the other and hand each other nothing in it, so one
+            will do for all: cuBLAS alone wants 32 MiB in each pool (H200).
         seen: the digest of what the field does that it is for.
         outside: memory that the field reads and that is neither given nor its own; kept, or a replay that is in vain
             might read where nothing is any more.
@@ -76,14 +81,24 @@ class Entry:
     uses: int = 0
     reason: str = ""
     busy: bool = False
-    done: Any = None
+    dropped: bool = False
     stream: Any = None
+    done: Any = None
+    pool: Any = None
     seen: str = ""
     outside: tuple[torch.UntypedStorage, ...] = ()
 
     def refuse(self, reason: str) -> None:
         """Never again, and no memory for it."""
-        self.reason, self.loop, self.outside = reason, None, ()
+        self.reason = reason
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Free the loop's memory, once the device is done with it: attempts under way would still write to it, to
+        pinned memory too, and nobody else waits for them."""
+        if self.loop is not None and self.stream is not None:
+            (self.stream if self.busy or self.done is None else self.done).synchronize()
+        self.loop, self.pool, self.outside = None, None, ()
 
 
 class Loops:
@@ -110,8 +125,10 @@ class Loops:
 
     def _drop(self, key: Hashable) -> None:
         entry = self._entries.pop(key, None)
-        if entry is not None and entry.loop is not None and entry.done is not None:
-            entry.done.synchronize()  # its memory may go to another stream
+        if entry is not None:
+            entry.dropped = True
+            if not entry.busy:  # else whoever uses it lets it go
+                entry.let_go()
 
     @property
     def count(self) -> int:
@@ -129,7 +146,7 @@ class Loops:
                 entry = self._entries[key] = Entry()
                 self._watch(owner)
                 if len(self._entries) > SEEN:
-                    self._entries.popitem(last=False)
+                    self._drop(next(iter(self._entries)))
             self._entries.move_to_end(key)
             return entry
 
@@ -187,19 +204,30 @@ class Loops:
         with self._lock:
             free = not entry.busy
             entry.busy = entry.busy or free
+        if not free:
+            yield False
+            return
         try:
-            if free and entry.done is not None and stream != entry.stream:
+            if entry.done is not None and stream != entry.stream:
                 stream.wait_event(entry.done)
-            yield free
+            entry.stream = stream
+            yield True
         finally:
-            if free:
-                if entry.loop is not None:
-                    entry.loop.release()
-                    if stream is not None:
-                        entry.done = entry.done or torch.cuda.Event()  # type: ignore[no-untyped-call]
-                        entry.done.record(stream)
-                        entry.stream = stream
-                entry.busy = False
+            try:
+                self._give_back(entry)
+            finally:
+                with self._lock:  # whatever has failed: or nobody would ever use it again
+                    entry.busy = False
+                    if entry.dropped:
+                        entry.let_go()
+
+    def _give_back(self, entry: Entry) -> None:
+        if entry.loop is None:
+            return
+        entry.loop.release()
+        if entry.stream is not None:
+            entry.done = entry.done or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            entry.done.record(entry.stream)
 
 
 LOOPS = Loops()
@@ -215,6 +243,25 @@ def identity(field: Callable[..., Any]) -> tuple[int, int]:
 
 class Unfit(Exception):
     """The field does what cannot be captured; raised before it has done it."""
+
+
+class Later(Exception):
+    """Not now, for another thread is at it; nothing is known of the field."""
+
+
+@contextlib.contextmanager
+def _alone(lock: Any, doing: str) -> Iterator[None]:
+    """Under the lock, or not at all: who holds it may wait for autograd's thread, and that one for the lock.
+
+    Raises:
+        Later: somebody else has had it for too long.
+    """
+    if not lock.acquire(timeout=PATIENCE):
+        raise Later(f"another thread {doing}")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 _UNFIT = {
@@ -246,10 +293,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = _leaves((*args, *kwargs.values()))
+        names = sorted(kwargs)
+        leaves = _leaves((*args, *(kwargs[name] for name in names)))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        self._check(func, args, tensors)
-        self.calls.append((str(func), *(self._leaf(x) for x in leaves)))
+        self._check(func, args, kwargs, tensors)
+        self.calls.append((str(func), len(args), *names, *(self._leaf(x) for x in leaves)))
         result = func(*args, **kwargs)
         made = [x for x in _leaves((result,)) if isinstance(x, Tensor)]
         devices = {x.device for x in made}
@@ -264,7 +312,7 @@ class _Watch(TorchDispatchMode):
                 self._made += 1
         return result
 
-    def _check(self, func: Any, args: Any, tensors: Sequence[Tensor]) -> None:
+    def _check(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
         unfit, written = _properties(func)
         if unfit:
             indices = [i for x in args[1:2] if isinstance(x, list | tuple) for i in x if isinstance(i, Tensor)]
@@ -273,7 +321,8 @@ class _Watch(TorchDispatchMode):
                 raise Unfit(f"the field {unfit}: {func}")
         if any(type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided for x in tensors):
             raise Unfit("the field uses tensors that are not plain memory (sparse ones, or a subclass)")
-        for value in (args[k] for k in written if k < len(args)):
+        for k, name in written:
+            value = args[k] if k < len(args) else kwargs.get(name)
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self._known:
                 raise Unfit(f"the field changes a tensor of its own: {func}")
 
@@ -292,10 +341,12 @@ class _Watch(TorchDispatchMode):
 
 
 def _leaves(values: Iterable[Any]) -> list[Any]:
-    """What an operator is given or gives, lists opened; a third of the time of torch's own, which open anything."""
+    """What an operator is given or gives, lists opened, each behind its length; a third of the time of torch's own,
+    which open anything."""
     found: list[Any] = []
     for x in values:
         if isinstance(x, list | tuple):
+            found.append(f"list of {len(x)}")
             found += _leaves(x)
         else:
             found.append(x)
@@ -303,11 +354,11 @@ def _leaves(values: Iterable[Any]) -> list[Any]:
 
 
 @functools.cache
-def _properties(func: Any) -> tuple[str, tuple[int, ...]]:
-    """Of an operator: why it cannot be captured, if it cannot; the places of the arguments that it writes to."""
+def _properties(func: Any) -> tuple[str, tuple[tuple[int, str], ...]]:
+    """Of an operator: why it cannot be captured, if it cannot; places and names of the arguments that it writes to."""
     unfit = next((what for tag, what in _UNFIT.items() if tag in func.tags), "")
-    infos = [argument.alias_info for argument in func._schema.arguments]
-    return unfit, tuple(k for k, info in enumerate(infos) if info is not None and info.is_write)
+    infos = [(argument.name, argument.alias_info) for argument in func._schema.arguments]
+    return unfit, tuple((k, name) for k, (name, info) in enumerate(infos) if info is not None and info.is_write)
 
 
 def signature(
@@ -325,11 +376,12 @@ def signature(
 
     Raises:
         Unfit: it does what cannot be captured.
+        Later: another thread looks at its field.
     """
     watch = _Watch((t, *features))
     before = network.evaluations
     try:
-        with _LOOKING, torch.compiler.set_stance("force_eager"), watch:
+        with _alone(_LOOKING, "looks at its field"), torch.compiler.set_stance("force_eager"), watch:
             if params is None:
                 network(t, *features)
             else:
@@ -359,14 +411,35 @@ def not_own(storages: Iterable[torch.UntypedStorage], field: Callable[..., Any])
 
 def switches() -> Hashable:
     """What else decides which kernels are launched."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
-        torch.get_float32_matmul_precision(),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.deterministic,
+        *_precisions(),
+        # Of those some are younger than the oldest torch there may be.
+        *(getattr(cuda.matmul, name, None) for name in _REDUCTIONS),
+        cuda.preferred_blas_library(),
+        *(getattr(cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math", "cudnn")),
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_inference_mode_enabled(),
     )
+
+
+_REDUCTIONS = (
+    "allow_fp16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction_split_k",
+    "allow_bf16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction_split_k",
+    "allow_fp16_accumulation",
+)  # fmt: skip
+
+
+def _precisions() -> tuple[Hashable, ...]:
+    """Of float32 arithmetic. The old switches, such as `allow_tf32`, set these too, and raise when they are asked once
+    somebody has set one of these."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if not hasattr(matmul, "fp32_precision"):
+        return torch.get_float32_matmul_precision(), matmul.allow_tf32, cudnn.allow_tf32
+    return matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -379,24 +452,27 @@ def captures(device: torch.device) -> bool:
 
 _CAPTURING = threading.RLock()
 _STREAMS = threading.local()  # of each thread: another one's look at its field must not get into a capture
+_FAILED: list[Any] = []  # graphs whose capture failed: torch's allocator of pinned memory asks them from then on
+Use = Literal["look", "capture"]
 
 
-def _stream(device: torch.device) -> Any:
-    """This thread's stream on the device beside the current one."""
+def _stream(device: torch.device, use: Use) -> Any:
+    """This thread's stream on the device for that, beside the current one. A look has one of its own: cuBLAS has a
+    workspace for each stream, and a graph may have kept that of the stream it was captured on."""
     known: dict[Any, Any] = _STREAMS.__dict__
-    if device not in known:
-        known[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return known[device]
+    if (device, use) not in known:
+        known[device, use] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return known[device, use]
 
 
 @contextlib.contextmanager
-def aside(device: torch.device, ready: Any = None) -> Iterator[None]:
-    """On a CUDA device what is launched within goes to another stream: before all that is launched after it, or, with
-    the event that it has to wait for, beside it. Nothing of that may be used outside."""
+def aside(device: torch.device, use: Use, ready: Any = None) -> Iterator[None]:
+    """On a CUDA device what is launched within goes to another stream: after all that was launched before it, or,
+    with an event, after that alone. What is launched later comes after it: memory that it reads may be freed then."""
     if device.type != "cuda":
         yield
         return
-    stream = _stream(device)
+    stream = _stream(device, use)
     if ready is None:
         stream.wait_stream(torch.cuda.current_stream(device))
     else:
@@ -405,39 +481,85 @@ def aside(device: torch.device, ready: Any = None) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
     finally:
-        if ready is None:
-            torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def captured(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The function's launches as a graph, to be replayed on the current stream. It must have run before, `aside`:
-    autograd goes back on the streams that it went forward on.
+def captured(function: Callable[[], None], device: torch.device, entry: Entry) -> Callable[[], None]:
+    """The function's launches as a graph, to be replayed on the current stream. It must have run before, `aside` for a
+    capture: autograd goes back on the streams that it went forward on.
 
     Not by `torch.cuda.graph`, which leaves stream, allocator and generator as they are in a capture when one fails.
 
+    Args:
+        entry: whose it is; has the pool.
+
     Raises:
-        RuntimeError: it does what cannot be captured.
+        RuntimeError: it does what cannot be captured, or somebody else did while it was.
+        Later: another thread captures.
     """
     graph = torch.cuda.CUDAGraph()
-    with _CAPTURING, torch.cuda.device(device):
+    with _alone(_CAPTURING, "captures"), torch.cuda.device(device):
         torch.cuda.synchronize()
-        pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(_stream(device)):
-            # Other threads, such as those that load data, may go on meanwhile.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                function()
-                graph.capture_end()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):
+        _clear_workspaces()
+        pool = entry.pool = entry.pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.stream(_stream(device, "capture")), _uncollected():
+                try:
+                    # Other threads, such as those that load data, may go on meanwhile.
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                    function()
                     graph.capture_end()
-                with contextlib.suppress(RuntimeError, AttributeError):
-                    torch._C._cuda_endAllocateToPool(device.index, pool)
-                with contextlib.suppress(RuntimeError):
-                    _settle(device)
-                raise
+                except BaseException:
+                    entry.pool = None  # a pool whose graphs are all gone cannot be used again
+                    _abandon(graph, device, pool)
+                    raise
+        finally:
+            _clear_workspaces()
         torch.cuda.synchronize()
     return graph.replay
+
+
+def _clear_workspaces() -> None:
+    """Let cuBLAS make its workspaces anew: those that a graph uses in the graph's own pool, and nobody else those.
+
+    Torch keeps one for each handle and stream. Without this a graph has the address of one that was there before, and
+    that goes with the next graph of the same stream that is destroyed (pytorch issue 193402). As
+    `torch._inductor.cudagraph_trees` does.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: what it frees may synchronise, or belong to another graph, and either ends a
+    capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _abandon(graph: Any, device: torch.device, pool: Any) -> None:
+    """Out of a capture that has failed, as far as there is a way.
+
+    Where `capture_end` raises, `CUDAGraph` neither stops the allocators' redirection to the pool nor ever gives up its
+    claim to it. For memory of the device that can be made up for, as `torch.cuda.use_mem_pool` ends. Pinned memory's
+    goes on, by a function that reads the graph: so the graph stays.
+    """
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()
+        return  # nothing had gone wrong but the function itself
+    _FAILED.append(graph)
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)  # raises where there is no redirection, nor a claim
+        torch._C._cuda_releasePool(device.index, pool)
+    with contextlib.suppress(RuntimeError):
+        _settle(device)
 
 
 def _settle(device: torch.device) -> None:
@@ -486,24 +608,28 @@ def by_graph(
     results: Callable[[R], Sequence[Tensor]],
     check: Callable[[], None] | None = None,
 ) -> R | None:
-    """`solve()` by replays of the entry's loop. None where they cannot be had, and then the entry says why.
+    """`solve()` by replays of the entry's loop. None where they cannot be had, and then the entry says why. It may be
+    None, or raise, after `solve` has been called.
 
     Args:
         solve: may be called twice, for the same.
         results: what is to be compared of what it returns.
         check: called once, as soon as the device has something to do.
+
+    Raises:
+        Later: another thread captures.
     """
     loop: Looping = entry.loop
     if loop.replays or check is not None:
         found = _beside(loop, solve, check)
         if loop.used <= loop.replays.keys():
             return found
-    with aside(device):
+    with aside(device, "capture"):
         called = solve()
     before, reason = dict(loop.replays), "the field cannot be captured"
     try:
         for name in sorted(loop.used - loop.replays.keys()):
-            loop.replays[name] = captured(loop.part(name), device)
+            loop.replays[name] = _captured_in_two(loop.part(name), device, entry)
         replayed = solve()
         if same(results(called), results(replayed)):
             reason = ""
@@ -515,9 +641,16 @@ def by_graph(
         reason = f"the field cannot be captured: {str(error).strip().splitlines()[0]}"
     finally:
         if reason:
-            loop.replays = before
+            loop.replays, entry.pool = before, None
     entry.refuse(reason)
     return None
+
+
+def _captured_in_two(part: Callable[[], None], device: torch.device, entry: Entry) -> Callable[[], None]:
+    """As `captured`, in two tries: what another thread does may end one, and has nothing to do with the field."""
+    with contextlib.suppress(RuntimeError):
+        return captured(part, device, entry)
+    return captured(part, device, entry)
 
 
 def _beside(loop: Looping, solve: Callable[[], R], check: Callable[[], None] | None) -> R:

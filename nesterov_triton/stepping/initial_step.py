@@ -13,7 +13,8 @@ from nesterov_triton.stepping.stepper import Stepper
 
 
 def initial_step(stepper: Stepper, t: float, end: float, z: Tensor) -> float:
-    """A first step size > 0, at most the interval; NaN where the right-hand side is not finite at the start.
+    """A first step size > 0, which may be longer than the interval: what was planned says more of the next one. NaN
+    where the right-hand side is not finite at the start.
 
     Costs one evaluation of the right-hand side beyond the one that the first step needs anyway. The trial point stays
     inside the interval.
@@ -28,16 +29,17 @@ def initial_step(stepper: Stepper, t: float, end: float, z: Tensor) -> float:
         if not known and not bool(torch.isfinite(first).all()):
             return math.nan
         span = abs(end - t)
-        h0 = min(1e-6 if not known or d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span)
+        guess = 1e-6 if not known or d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        h0 = min(guess, span)
         signed = math.copysign(h0, end - t)
         second = stepper.probe(t + signed if h0 < span else end, torch.add(z, first, alpha=signed))
         (d2,) = _norms(stepper, (second.detach() - first).unsqueeze(0), z)
         d2 /= h0
-    if not math.isfinite(d2):
-        return h0
     slope = max(d1, d2)
+    if not math.isfinite(slope) or not math.isfinite(d2):
+        return h0
     h1 = max(1e-6, h0 * 1e-3) if slope <= 1e-15 else (0.01 / slope) ** (1 / (stepper.tableau.error_order + 1))
-    return min(100 * h0, h1, span)
+    return min(100 * guess, h1)
 
 
 def _norms(stepper: Stepper, values: Tensor, z: Tensor) -> list[float]:

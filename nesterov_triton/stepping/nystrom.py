@@ -62,7 +62,7 @@ class Layout:
         shift = 0.0 if self.gated else gamma * gamma / 4
         moments: list[Sequence[float]] = [times]
         if len(self.moments) > 1:
-            at = [system.coefficients(t, gamma, xi) for t in times]
+            at = [system.rule.coefficients(t, gamma, xi) for t in times]
             for name in self.moments[1:]:
                 if name == "q":
                     moments.append([(c.q or 0.0) + shift for c in at])
@@ -73,7 +73,7 @@ class Layout:
 
     def graph(self, times: Tensor, h: Tensor, gamma: Tensor | float, xi: Tensor | float) -> Tensor:
         """The same with a graph, to rounding: `times` [..., s], `h` [...], γ and ξ, float64 on the CPU."""
-        c = self.system.coefficients(times.reshape(-1), gamma, xi)
+        c = self.system.rule.coefficients(times.reshape(-1), gamma, xi)
         moments = [times]
         for name in self.moments[1:]:
             value = getattr(c, name)

@@ -123,4 +123,11 @@ def logarithms(rows: list[dict[str, Any]], model: str, times: Sequence[int]) -> 
     return found
 
 
-EXPERIMENT = Measurement(title="Silverbox", defaults=DEFAULTS, measure=measure, present=present)
+EXPERIMENT = Measurement(
+    title="Silverbox",
+    defaults=DEFAULTS,
+    load=lambda seed, folder: silverbox.load(folder),
+    build=lambda model, settings: build(model, settings, torch.zeros(len(TIMES) + 1)),
+    measure=measure,
+    present=present,
+)

@@ -102,7 +102,7 @@ class OdeRnn(nn.Module):
         self.momentum = is_second_order(model)
         self.n = n = HIDDEN_SONODE if model == "SONODE" else HIDDEN
         field = SecondOrderField() if model == "SONODE" else Field()
-        self.layer = Evolution(model, field, **settings.layer_options())
+        self.layer = Evolution(model, field, scaled=True, **settings.layer_options())
         widths = [WIDTH + 2 * n, 2 * n, 2 * n, 2 * n] if self.momentum else [WIDTH + n, 3 * n, 2 * n, n]
         self.cell = perceptron(widths, nn.Tanh)
         self.lift = nn.Linear(WIDTH, LIFTED) if model == "ANODE" else None

@@ -85,6 +85,8 @@ class Law:
     exact: bool
     sign: float
     gate: Gate
+    factor: float = 3.0
+    curvature: float = 0.75
 
 
 def begin(
@@ -176,14 +178,15 @@ def propose(
             since nothing mends it.
         trial: a control at the time to evaluate the slope at once more, [SLOTS], written; only with `choose`.
         z, slope: the state and its derivative, [D].
-        sizes: (first guess of the size, norm of the slope), [2] float64, written; only with `choose`.
+        sizes: (the trial step's size, the guess that it was cut from, norm of the slope), [3] float64, written; only
+            with `choose`.
         choose: whether a size is to be chosen.
     """
     dispatch.implementation("control.propose", z)(decided, trial, setting, z, slope, sizes, choose)
 
 
 def extrapolate(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, sizes: Tensor, out: Tensor) -> None:
-    """A step of Euler's method of the first guess of the size: writes `out`, [D]."""
+    """A step of Euler's method of the trial step's size: writes `out`, [D]."""
     dispatch.implementation("control.extrapolate", z)(decided, setting, z, slope, sizes, out)
 
 

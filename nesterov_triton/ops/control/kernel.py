@@ -44,9 +44,9 @@ RTOL, ATOL = constants(Setting.RTOL, Setting.ATOL)
 def begin_kernel(
     decided_ptr, attempt_ptr, setting_ptr, nodes_ptr, times_ptr, coefficients_ptr, dt_ptr, stages,
     ADAPTIVE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, EXACT: tl.constexpr, SIGN: tl.constexpr,
-    gate: tl.constexpr, BOUND: tl.constexpr, LANES: tl.constexpr,
+    gate: tl.constexpr, BOUND: tl.constexpr, FACTOR: tl.constexpr, CURVATURE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program; see `ops.control.begin`. MOMENTUM to SIGN, gate and BOUND: the law."""
+    """One program; see `ops.control.begin`. MOMENTUM to CURVATURE: the law."""
     t = tl.load(decided_ptr + T)
     planned = tl.load(decided_ptr + DT)
     status = tl.load(decided_ptr + STATUS)
@@ -94,12 +94,16 @@ def begin_kernel(
         scale = one
         if NESTEROV:
             safe = tl.where(mask, at, one)
-            scale = gate(tl.exp(0.5 * safe) / (safe * tl.sqrt(safe)), BOUND)
+            if FACTOR == 3.0:  # Nesterov's own
+                k = tl.exp(0.5 * safe) / (safe * tl.sqrt(safe))
+            else:
+                k = tl.exp(0.5 * (safe - FACTOR * tl.log(safe)))
+            scale = gate(k, BOUND)
         q = -tl.load(setting_ptr + XI) * scale
         drive = one * SIGN
         if EXACT:
             drive = drive / scale
-            q += 0.75 / (at * at) - 0.25
+            q += CURVATURE / (at * at) - 0.25
         rows = coefficients_ptr + lanes * 4
         tl.store(rows, scale, mask=mask)
         tl.store(rows + 1, drive, mask=mask)
@@ -119,14 +123,14 @@ def launch_begin(
     law: Law | None,
 ) -> None:
     """As `ops.control.begin`, by the kernel."""
-    form = kernel_form(Identity() if law is None else law.gate)
+    known = law or Law(False, False, 1.0, Identity())
+    form = kernel_form(known.gate)
     if form is None:
         raise ValueError("no Triton form of the gate")
-    nesterov, exact, sign = (False, False, 1.0) if law is None else (law.nesterov, law.exact, law.sign)
     start(
         begin_kernel, 1, decided, attempt, setting, nodes, times, coefficients, dt, len(nodes),
-        adaptive, law is not None, nesterov, exact, sign, FORMS[form[0]], form[1],
-        max(triton.next_power_of_2(len(nodes)), 2), num_warps=1,
+        adaptive, law is not None, known.nesterov, known.exact, known.sign, FORMS[form[0]], form[1],
+        known.factor, known.curvature, max(triton.next_power_of_2(len(nodes)), 2), num_warps=1,
     )  # fmt: skip
 
 
@@ -198,12 +202,15 @@ def end_kernel(
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
         infinite = tl.zeros([BLOCK], tl.int32)
+        if tape_ptr is not None:
+            for j in tl.static_range(STATES):
+                place = tape_ptr + (taped.to(tl.int64) * STATES + j) * n
+                tl.store(place + offsets, tl.load(kept[j] + offsets, mask=mask), mask=mask)
+            # What one thread reads here another one may write over below: loads and stores need not be laid out alike.
+            tl.debug_barrier()
         for j in tl.static_range(len(kept)):
             value = tl.load(new[j] + offsets, mask=mask, other=0.0)
             if j < STATES:
-                if tape_ptr is not None:
-                    place = tape_ptr + (taped.to(tl.int64) * STATES + j) * n
-                    tl.store(place + offsets, tl.load(kept[j] + offsets, mask=mask), mask=mask)
                 # Widened: the interpreter's arithmetic on bfloat16 is garbage.
                 wide = value if value.dtype == tl.float64 else value.to(tl.float32)
                 infinite += (wide - wide != 0).to(tl.int32)
@@ -379,7 +386,8 @@ def propose_kernel(
         span = tl.abs(goal - t)
         h0 = tl.minimum(guess, span)
         tl.store(sizes_ptr, h0)
-        tl.store(sizes_ptr + 1, d1)
+        tl.store(sizes_ptr + 1, guess)
+        tl.store(sizes_ptr + 2, d1)
         at = tl.where(h0 < span, tl.where(goal < t, t - h0, t + h0), goal)
         slots = tl.arange(0, SLOTS).to(tl.int64)
         after = tl.load(decided_ptr + slots)
@@ -422,15 +430,15 @@ def launch_extrapolate(decided: Tensor, setting: Tensor, z: Tensor, slope: Tenso
 @triton.jit(do_not_specialize=["blocks", "count"])
 def choose_kernel(partials_ptr, decided_ptr, setting_ptr, sizes_ptr, blocks, count, CHUNK: tl.constexpr):
     """One program; see `ops.control.choose`."""
-    h0, d1 = tl.load(sizes_ptr), tl.load(sizes_ptr + 1)
+    h0, guess, d1 = tl.load(sizes_ptr), tl.load(sizes_ptr + 1), tl.load(sizes_ptr + 2)
     d2 = tl.sqrt(total(partials_ptr, blocks, CHUNK) / count.to(tl.float64)) / h0
     distance = tl.load(setting_ptr + END) - tl.load(decided_ptr + T)
     steepest = tl.where(d2 > d1, d2, d1)
     flat = steepest <= 1e-15
     least = tl.where(h0 * 1e-3 > 1e-6, h0 * 1e-3, 1e-6)
     power = tl.exp(tl.load(setting_ptr + PLAIN) * tl.log(0.01 / tl.where(flat, 1.0, steepest)))
-    chosen = tl.minimum(tl.minimum(100 * h0, tl.where(flat, least, power)), tl.abs(distance))
-    chosen = tl.where(tl.abs(d2) < float("inf"), chosen, h0)
+    known = (d1 < float("inf")) & (d2 < float("inf"))
+    chosen = tl.where(known, tl.minimum(100 * guess, tl.where(flat, least, power)), h0)
     tl.store(decided_ptr + DT, tl.where(distance < 0, -chosen, chosen))
 
 

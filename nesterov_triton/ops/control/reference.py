@@ -71,11 +71,11 @@ def begin(
 
 def factors(t: Tensor, law: Law, damping: Tensor, xi: Tensor) -> Tensor:
     """Rows (κ, s, q, -γ) at the times `t`, [s] float64: [s, 4]."""
-    scale = law.gate(t**-1.5 * torch.exp(0.5 * t)) if law.nesterov else torch.ones_like(t)
+    scale = law.gate(t ** (-0.5 * law.factor) * torch.exp(0.5 * t)) if law.nesterov else torch.ones_like(t)
     drive = law.sign / scale if law.exact else torch.full_like(t, law.sign)
     q = -xi * scale
     if law.exact:
-        q = q + (0.75 / (t * t) - 0.25)
+        q = q + (law.curvature / (t * t) - 0.25)
     return torch.stack((scale, drive, q, -damping * torch.ones_like(t)), dim=1)
 
 
@@ -195,8 +195,9 @@ def propose(
     span = (goal - t).abs()
     known = torch.isfinite(d0) & torch.isfinite(d1)
     small = ~known | (d0 < 1e-5) | (d1 < 1e-5)
-    h0 = torch.minimum(torch.where(small, 1e-6, 0.01 * d0 / d1), span)
-    sizes.copy_(torch.stack((h0, d1)))
+    guess = torch.where(small, 1e-6, 0.01 * d0 / d1)
+    h0 = torch.minimum(guess, span)
+    sizes.copy_(torch.stack((h0, guess, d1)))
     trial.copy_(decided)
     trial[Slot.T].copy_(torch.where(h0 < span, t + torch.sign(goal - t) * h0, goal))
 
@@ -211,13 +212,13 @@ def extrapolate(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, size
 def choose(decided: Tensor, setting: Tensor, z: Tensor, slope: Tensor, second: Tensor, sizes: Tensor) -> None:
     """See `ops.control.choose`."""
     distance = setting[Setting.END] - decided[Slot.T]
-    h0, d1 = sizes.unbind(0)
+    h0, guess, d1 = sizes.unbind(0)
     wide = dispatch.wide(z.dtype)
     d2 = _norm(second.to(wide) - slope.to(wide), z, setting) / h0
     steepest = torch.maximum(d1, d2)
     h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / steepest) ** setting[Setting.PLAIN])
-    chosen = torch.minimum(torch.minimum(100 * h0, h1), distance.abs())
-    decided[Slot.DT].copy_(torch.sign(distance) * torch.where(torch.isfinite(d2), chosen, h0))
+    known = torch.isfinite(d1) & torch.isfinite(d2)
+    decided[Slot.DT].copy_(torch.sign(distance) * torch.where(known, torch.minimum(100 * guess, h1), h0))
 
 
 def _norm(values: Tensor, z: Tensor, setting: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ def size_of(method: Nystrom, gated: bool, growth: bool = False) -> int:
     return own + growth * (s + len(POINTS))
 
 
-@functools.lru_cache(maxsize=256)  # of all devices: while a graph is captured none may be made
+# Of all devices, and never dropped: graphs read it, and while one is captured none may be made.
+@functools.cache
 @torch.inference_mode(False)
 def table(method: Nystrom, gated: bool, device: torch.device, growth: bool = False) -> Tensor:
     """What a step's weights are made of, [7, size] float64: one column each; with `growth`, of a step of the adjoint.
