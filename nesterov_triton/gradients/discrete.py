@@ -38,6 +38,7 @@ from nesterov_triton.gradients.on_device import declined, on_device
 from nesterov_triton.gradients.problem import Problem, ways_between
 from nesterov_triton.gradients.step_sweep import RecordedSteps, StepSweep, goes_by_steps
 from nesterov_triton.gradients.totals import Totals, accumulate
+from nesterov_triton.network import Seen
 from nesterov_triton.nystrom import Nystrom
 from nesterov_triton.ops import runge_kutta
 from nesterov_triton.ops.rows import Row, empty_rows
@@ -83,7 +84,7 @@ class _Discrete(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, keep: bool, z: Tensor, times: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         tape: list[AcceptedStep] = []
-        ctx.kept = None
+        ctx.kept = ctx.first = None
         if keep and not ways_between(problem.params):  # a graph behind parameters is cut off while a solve goes back
             ctx.kept = kept = Kept(problem, _back_flow(problem, ctx.needs_input_grad))
             states = forward(problem, kept.flow, kept.on_accept(tape), stepper=kept.stepper)
@@ -116,14 +117,13 @@ class _Discrete(torch.autograd.Function):
             problem.stats.path_backward, problem.stats.loop_backward = problem.stats.path, problem.stats.loop
             return None, None, adjoint, of_times if wants_times else None, *totals.scalars.values(), *totals.of_params()
         flow = _back_flow(problem, ctx.needs_input_grad)
-        flow.network.expected = ctx.first
         objection = "gradients with respect to times are wanted" if wants_times else None
         path = problem.backward_path(objection)
         try:
             with problem.without_autocast(), apart(flow.params):
                 found = _on_device(problem, flow, objection, ctx.spans, starts, cotangents)
                 if found is None:
-                    found = _one_by_one(problem, flow, path.kernels, ctx.spans, starts, cotangents)
+                    found = _one_by_one(problem, flow, path.kernels, ctx.spans, starts, cotangents, ctx.first)
         finally:
             problem.stats.nfe_backward += flow.network.evaluations
         adjoint, of_times, totals = found
@@ -214,14 +214,20 @@ def _one_by_one(
     spans: Spans,
     starts: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
+    first: Seen | None,
 ) -> Cotangent:
-    """The sweep over the accepted steps: t, t1 and the requested times in (t, t1] of each, and where it started."""
+    """The sweep over the accepted steps: t, t1 and the requested times in (t, t1] of each, and where it started.
 
-    method, times = problem.method, problem.times.tolist()
+    Args:
+        first: what the field gave first in the forward pass, if that was kept: it must give it again.
+    """
+    method, times, begin = problem.method, problem.times.tolist(), spans[0][0]
     if isinstance(method, Nystrom) and not kernels:
         own = NystromSweep(method, flow, times)
         adjoint = torch.zeros_like(problem.z)
         for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
+            if t == begin:
+                flow.network.expected = first
             adjoint = own.forth_and_back(t, t1, z, adjoint, given(outputs, cotangents))
         return own.finish(adjoint), own.times, own.totals
 
@@ -232,6 +238,8 @@ def _one_by_one(
         sweep = _sweep(kernels, problem, flow, copies)
         adjoint = torch.zeros_like(problem.z)
         for (t, t1, outputs), z in zip(reversed(spans), reversed(starts), strict=True):
+            if t == begin:
+                flow.network.expected = first
             adjoint = sweep.step(t, t1, z, adjoint, given(outputs, cotangents))
         sweep.finish()
         return adjoint, sweep.times, sweep.totals
