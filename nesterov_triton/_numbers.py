@@ -29,3 +29,18 @@ def plain(value: float) -> float:
     if torch.compiler.is_compiling() or type(value) in (float, int):  # a tracer's numbers have sources, not types
         return value
     return int(value) if is_integer(value) else float(value)
+
+
+def make_plain(owner: object, kind: str) -> None:
+    """Each attribute of a frozen dataclass of numbers as Python's own.
+
+    Raises:
+        TypeError: one is no number; `kind` is what its owner is called.
+    """
+    if torch.compiler.is_compiling():  # made of another one's numbers, by code that knows no attributes by name
+        return
+    for name, value in vars(owner).items():
+        if not is_number(value):
+            raise TypeError(f"{kind} {name} must be a number, got {value!r}")
+        if plain(value) is not value:
+            object.__setattr__(owner, name, plain(value))

@@ -131,16 +131,28 @@ def run(
 def _refuse_attributes(field: nn.Module) -> None:
     """Raise where a module holds a tensor that needs a gradient and is no parameter, such as a context set just before:
     a loop would give it none. Traced, so that it sees what has been set in the compiled function."""
-    for module in field.modules():
-        if module._forward_pre_hooks:  # which may make such a tensor anew in every call, as weight_norm does
-            continue
-        for name, value in module.__dict__.items():
+    for module, names in zip(field.modules(), _attributes(id(field)), strict=False):
+        for name in names:
+            value = getattr(module, name)
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
                     f"{type(module).__name__}.{name} needs a gradient and is no parameter of the field: it would get "
                     "none under torch.compile; leave the layer outside of the compiled region "
                     "(torch.compiler.disable), with gradient='backprop'"
                 )
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _attributes(field: int) -> tuple[tuple[str, ...], ...]:
+    """Of each of a module's modules the names of what is a tensor, or may become one, beside parameters and buffers."""
+
+    def loose(module: nn.Module) -> tuple[str, ...]:
+        if module._forward_pre_hooks:  # which may make such a tensor anew in every call, as weight_norm does
+            return ()
+        return tuple(name for name, x in vars(module).items() if x is None or isinstance(x, Tensor))
+
+    found = _known_by(field)
+    return tuple(map(loose, found.modules())) if isinstance(found, nn.Module) else ()
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

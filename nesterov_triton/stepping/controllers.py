@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from nesterov_triton._names import lookup, public
-from nesterov_triton._numbers import is_number, plain
+from nesterov_triton._numbers import make_plain
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,7 @@ class Integral:
     max_factor: float = 10.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not is_number(value):
-                raise TypeError(f"controller {name} must be a number, got {value!r}")
-            if plain(value) is not value:
-                object.__setattr__(self, name, plain(value))
+        make_plain(self, "controller")
         if not 0 < self.safety < 1:
             raise ValueError(f"controller safety must lie between 0 and 1, got {self.safety}")
         if not 0 < self.min_factor < 1 < self.max_factor < math.inf:
