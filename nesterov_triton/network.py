@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def vjp(
 class Seen(NamedTuple):
     """What a field gave once, at a time, in memory of its own."""
 
-    t: float
+    t: Tensor
     u: Tensor
 
 
@@ -76,7 +77,8 @@ class Network:
 
     Attributes:
         evaluations: calls so far.
-        first: with `remember` the first of them, on a CPU.
+        remember: as given, on a CPU.
+        first: with it, the first of them.
         expected: what the next call at that time is to give, where that is known: the field may have changed.
         retain: as given.
     """
@@ -100,7 +102,7 @@ class Network:
         self.evaluations = 0
         self.first: Seen | None = None
         self.expected: Seen | None = None
-        self._remember = remember and device.type == "cpu"
+        self.remember = remember and device.type == "cpu"
         self._field, self._autocast, self._watch, self._on_output = field, autocast, watch, on_output
 
     def __call__(self, t: Tensor, *features: Tensor) -> Tensor:
@@ -142,13 +144,14 @@ class Network:
         Raises:
             RuntimeError: and says what to do.
         """
-        if float(t) != expected.t:
+        if float(t) != float(expected.t):
             return
         self.expected = None
         if torch.equal(u, expected.u):
             return
-        size, off = expected.u.abs().max(), (u.detach() - expected.u).abs().max()
-        if not bool(off <= torch.finfo(u.dtype).eps ** 0.5 * size):
+        size, off = float(expected.u.abs().max()), float((u.detach() - expected.u).abs().max())
+        # What is not finite goes on, as it does with autograd.
+        if math.isfinite(off) and off > torch.finfo(u.dtype).eps ** 0.5 * size:
             raise RuntimeError(
                 f"the field {self._name()} gives another output in the backward pass than it gave in the forward pass "
                 "for the same input: something that it uses has changed since (an attribute, a buffer, its mode), or "
@@ -173,8 +176,8 @@ class Network:
                 f"field {self._name()} changes its input in place, and that is the solver's state; "
                 "use inplace=False, or clone the input first"
             )
-        if self._remember and isinstance(u, Tensor):
-            self.first = Seen(float(t), u.detach().clone())
+        if self.remember and isinstance(u, Tensor):
+            self.first = Seen(t, u.detach().clone())
         return u
 
     def _checked(self, u: Any) -> Tensor:

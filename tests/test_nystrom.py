@@ -452,12 +452,13 @@ def test_the_adjoint_by_the_same_method_converges_with_its_order(name: str, meth
 def test_the_adjoint_keeps_its_tolerance_by_any_pair_of_methods(name: str, method: str) -> None:
     flow, t, options = system(name), (1.0, 1.4, 2.0), {"rtol": 1e-8, "atol": 1e-8}
     _, truth, _ = gradient_of(flow, "dopri8", "backprop", t, rtol=1e-12, atol=1e-12)
-    needed = {}
+    gradients_by = {}
     for forward, backward in ((method, None), (method, "dopri5"), ("dopri5", method)):
         _, found, stats = gradient_of(flow, forward, gradients.Adjoint(method=backward), t, **options)
         assert off(found, truth) < 1e-6
-        needed[forward, backward] = stats.nfe_backward
-    assert needed[method, None] != needed[method, "dopri5"]
+        gradients_by[forward, backward] = found
+        assert stats.nfe_backward > 0
+    assert off(gradients_by[method, None], gradients_by[method, "dopri5"]) > 0  # not one and the same solve
 
 
 def test_fewer_evaluations_of_both_passes_for_the_same_error_of_the_adjoint_gradient() -> None:

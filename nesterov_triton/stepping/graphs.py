@@ -379,7 +379,7 @@ def signature(
         Later: another thread looks at its field.
     """
     watch = _Watch((t, *features))
-    before = network.evaluations
+    before, network.remember, remember = network.evaluations, False, network.remember  # a copy would be seen as its own
     try:
         with _alone(_LOOKING, "looks at its field"), torch.compiler.set_stance("force_eager"), watch:
             if params is None:
@@ -390,7 +390,7 @@ def signature(
                     check(evaluation, params)
                 evaluation.pullback(torch.ones_like(evaluation.u).reshape(-1), tuple(params))
     finally:
-        network.evaluations = before
+        network.evaluations, network.remember = before, remember
     return Signature(hashlib.sha256(repr(watch.calls).encode()).hexdigest(), tuple(watch.outside.values()))
 
 
